@@ -1,0 +1,2 @@
+//! The plugin: wiring only.
+fn main() {}

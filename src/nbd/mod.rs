@@ -1,0 +1,1 @@
+//! The NBD client: one protocol step a file.
