@@ -1,1 +1,32 @@
 #![doc = include_str!("../README.md")]
+
+pub mod backup;
+pub mod envelope;
+pub mod error;
+pub mod event;
+pub mod hello;
+pub mod line;
+pub mod record;
+pub mod restore;
+pub mod schema;
+pub mod stream;
+pub mod vm;
+
+pub use envelope::{Id, Request};
+pub use error::{Action, Code, WireError};
+pub use record::Record;
+
+/// The version of the protocol that this crate describes.
+pub const VERSION: u32 = 1;
+
+/// Longest line that a peer may send, without its `\n`; announced in the hello.
+pub const MAX_LINE_BYTES: usize = 16 * 1024 * 1024;
+
+/// Longest payload behind a line, and so the longest `data` record.
+pub const MAX_PAYLOAD_BYTES: u64 = 1024 * 1024;
+
+/// Most requests that may be unanswered at a time.
+pub const MAX_REQUESTS: usize = 64;
+
+/// Longest name of a checkpoint.
+pub const MAX_NAME_BYTES: usize = 128;

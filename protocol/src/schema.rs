@@ -1,0 +1,108 @@
+//! The JSON Schema of every message, made from the types.
+
+use schemars::generate::{SchemaGenerator, SchemaSettings};
+use schemars::{JsonSchema, Schema};
+use serde_json::{Map, Value, json};
+
+use crate::{backup, error, event, hello, record, restore, vm};
+
+/// The whole of the wire as one JSON document: `$defs` as JSON Schema 2020-12,
+/// and per method and notification a reference to its parameters and result.
+#[must_use]
+pub fn schema() -> Value {
+    let mut types = SchemaSettings::draft2020_12().into_generator();
+    let mut methods = Map::new();
+    {
+        let mut method = |name: &str, params: Schema, result: Schema| {
+            methods.insert(name.into(), json!({"params": params, "result": result}));
+        };
+        let g = &mut types;
+        method(
+            "hello",
+            of::<hello::HelloParams>(g),
+            of::<hello::HelloResult>(g),
+        );
+        method("ping", of::<hello::NoParams>(g), of::<hello::PingResult>(g));
+        method(
+            "cancel",
+            of::<hello::CancelParams>(g),
+            of::<hello::CancelResult>(g),
+        );
+        method(
+            "shutdown",
+            of::<hello::NoParams>(g),
+            of::<hello::ShutdownResult>(g),
+        );
+        method(
+            "vm.inspect",
+            of::<vm::InspectParams>(g),
+            of::<vm::InspectResult>(g),
+        );
+        method(
+            "backup.begin",
+            of::<backup::BeginParams>(g),
+            of::<backup::BeginResult>(g),
+        );
+        method(
+            "backup.read",
+            of::<backup::ReadParams>(g),
+            of::<backup::ReadResult>(g),
+        );
+        method(
+            "backup.ack",
+            of::<backup::AckParams>(g),
+            of::<backup::AckResult>(g),
+        );
+        method(
+            "backup.commit",
+            of::<backup::CommitParams>(g),
+            of::<backup::CommitResult>(g),
+        );
+        method(
+            "backup.abort",
+            of::<backup::AbortParams>(g),
+            of::<backup::AbortResult>(g),
+        );
+        method(
+            "restore.begin",
+            of::<restore::RestoreBeginParams>(g),
+            of::<restore::RestoreBeginResult>(g),
+        );
+        method(
+            "restore.write",
+            of::<restore::RestoreWriteParams>(g),
+            of::<restore::RestoreWriteResult>(g),
+        );
+        method(
+            "restore.finish",
+            of::<restore::RestoreParams>(g),
+            of::<restore::RestoreFinishResult>(g),
+        );
+        method(
+            "restore.abort",
+            of::<restore::RestoreParams>(g),
+            of::<backup::AbortResult>(g),
+        );
+    }
+    let notifications = json!({
+        "record": of::<event::RecordParams>(&mut types),
+        "progress": of::<event::ProgressParams>(&mut types),
+        "vm": of::<event::VmParams>(&mut types),
+    });
+    let record = of::<record::Record>(&mut types);
+    let error = of::<error::WireError>(&mut types);
+    json!({
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "qemu-fleece protocol",
+        "protocol": crate::VERSION,
+        "methods": methods,
+        "notifications": notifications,
+        "record": record,
+        "error": error,
+        "$defs": types.take_definitions(true),
+    })
+}
+
+fn of<T: JsonSchema>(types: &mut SchemaGenerator) -> Schema {
+    types.subschema_for::<T>()
+}
