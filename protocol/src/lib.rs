@@ -26,7 +26,7 @@ pub const MAX_LINE_BYTES: usize = 16 * 1024 * 1024;
 pub const MAX_PAYLOAD_BYTES: u64 = 1024 * 1024;
 
 /// Most requests that may be unanswered at a time.
-pub const MAX_REQUESTS: usize = 64;
+pub const MAX_REQUESTS: usize = 32;
 
 /// Longest name of a checkpoint.
 pub const MAX_NAME_BYTES: usize = 128;
