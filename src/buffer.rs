@@ -24,6 +24,13 @@ impl Pool {
         }
     }
 
+    /// A buffer of `length` bytes, if one is free now.
+    #[must_use]
+    pub fn try_take(&self, length: usize) -> Option<Buffer> {
+        let permit = Arc::clone(&self.permits).try_acquire_owned().ok()?;
+        Some(self.fit(length, Some(permit)))
+    }
+
     /// Waits for a free buffer and makes it `length` bytes long (contents
     /// unspecified: earlier bytes or zeros). Cancel-safe.
     pub async fn take(&self, length: usize) -> Buffer {
@@ -32,6 +39,10 @@ impl Pool {
             // The semaphore is never closed; an unbounded buffer would be the only harm.
             Err(_closed) => None,
         };
+        self.fit(length, permit)
+    }
+
+    fn fit(&self, length: usize, permit: Option<OwnedSemaphorePermit>) -> Buffer {
         let mut bytes = self
             .idle
             .lock()

@@ -4,6 +4,8 @@ use std::borrow::Cow;
 use std::error::Error as StdError;
 use std::fmt;
 
+use crate::checkpoint::FullReason;
+
 /// What the engine's functions return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -12,7 +14,6 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 ///
 /// Since 0.1.0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
 pub enum Kind {
     /// The request cannot be meant: an odd name, a length out of range.
     InvalidRequest,
@@ -51,7 +52,7 @@ pub enum Kind {
     /// No checkpoint of that name.
     UnknownCheckpoint,
     /// An incremental was demanded and the base cannot serve it.
-    BaseUnusable,
+    BaseUnusable(FullReason),
     /// The scratch file cannot be made.
     ScratchUnavailable,
     /// The point in time is gone: its job or filter ended under it.
@@ -86,6 +87,7 @@ pub struct Error {
     doing: Cow<'static, str>,
     disk: Option<String>,
     offset: Option<u64>,
+    leftovers: Vec<String>,
     source: Option<Box<dyn StdError + Send + Sync>>,
 }
 
@@ -97,6 +99,7 @@ impl Error {
             doing: doing.into(),
             disk: None,
             offset: None,
+            leftovers: Vec::new(),
             source: None,
         }
     }
@@ -122,6 +125,13 @@ impl Error {
         self
     }
 
+    /// Names objects in QEMU, or files, that could not be removed afterwards.
+    #[must_use]
+    pub fn leaving(mut self, leftovers: Vec<String>) -> Self {
+        self.leftovers.extend(leftovers);
+        self
+    }
+
     /// What callers decide by.
     #[must_use]
     pub fn kind(&self) -> Kind {
@@ -138,6 +148,12 @@ impl Error {
     #[must_use]
     pub fn offset(&self) -> Option<u64> {
         self.offset
+    }
+
+    /// Objects in QEMU, or files, that could not be removed afterwards.
+    #[must_use]
+    pub fn leftovers(&self) -> &[String] {
+        &self.leftovers
     }
 
     /// The whole story on one line: this error and its causes.
