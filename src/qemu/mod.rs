@@ -1,1 +1,16 @@
 //! QEMU over QMP: one concern a file.
+//!
+//! ```text
+//! discover, job, step, query --> qmp (one task owns the socket) --> line --> QEMU
+//! ```
+
+pub mod address;
+pub mod discover;
+pub mod job;
+pub mod line;
+pub mod qmp;
+pub mod query;
+pub mod step;
+
+pub use address::Address;
+pub use qmp::{Event, Qmp, Refusal};

@@ -1,0 +1,97 @@
+//! QMP's lines: bytes in, JSON objects out. Pure.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use crate::error::{Error, Kind, Result};
+
+/// Longest line of QEMU: `query-qmp-schema` answers some hundred KiB in one.
+pub const MAX_LINE_BYTES: usize = 16 * 1024 * 1024;
+
+/// What QEMU says, in the members that matter here; unknown ones are ignored.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Message {
+    /// The greeting.
+    #[serde(rename = "QMP")]
+    pub greeting: Option<Value>,
+    /// The id of the command that is answered.
+    pub id: Option<u64>,
+    /// A command's answer.
+    #[serde(rename = "return")]
+    pub returned: Option<Value>,
+    /// A command's refusal.
+    pub error: Option<Desc>,
+    /// An event's name.
+    pub event: Option<String>,
+    /// An event's data.
+    pub data: Option<Value>,
+}
+
+/// A refusal, as QEMU words it.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub struct Desc {
+    /// QEMU's error class, `GenericError` for nearly all.
+    pub class: String,
+    /// QEMU's words.
+    pub desc: String,
+}
+
+/// Collects bytes to lines.
+#[derive(Debug, Default)]
+pub struct Lines {
+    buffer: Vec<u8>,
+    scanned: usize,
+}
+
+impl Lines {
+    /// Adds bytes as they came.
+    pub fn push(&mut self, bytes: &[u8]) {
+        self.buffer.extend_from_slice(bytes);
+    }
+
+    /// The next message; `None` until more bytes are pushed. Blank lines are none.
+    ///
+    /// # Errors
+    /// [`Kind::MonitorProtocol`] for a line over [`MAX_LINE_BYTES`], or one that is
+    /// no JSON object. The monitor must not be used any more.
+    pub fn next_message(&mut self) -> Result<Option<Message>> {
+        let broken = |why: String| {
+            Error::new(Kind::MonitorProtocol, "reading a line of the monitor").because(why)
+        };
+        loop {
+            let end = self.buffer[self.scanned..]
+                .iter()
+                .position(|byte| *byte == b'\n')
+                .map(|at| self.scanned + at);
+            let Some(end) = end else {
+                self.scanned = self.buffer.len();
+                if self.buffer.len() > MAX_LINE_BYTES {
+                    return Err(broken(format!("it is longer than {MAX_LINE_BYTES} bytes")));
+                }
+                return Ok(None);
+            };
+            if end > MAX_LINE_BYTES {
+                return Err(broken(format!("it is longer than {MAX_LINE_BYTES} bytes")));
+            }
+            let line = &self.buffer[..end];
+            let blank = line.iter().all(u8::is_ascii_whitespace);
+            // serde reads a struct from an array too.
+            let object = line.iter().find(|byte| !byte.is_ascii_whitespace()) == Some(&b'{');
+            let message = match (blank, object) {
+                (true, _) => None,
+                (false, false) => return Err(broken("it is no JSON object".into())),
+                (false, true) => Some(
+                    serde_json::from_slice::<Message>(line)
+                        .map_err(|error| broken(error.to_string()))?,
+                ),
+            };
+            self.buffer.drain(..=end);
+            self.scanned = 0;
+            if message.is_some() {
+                return Ok(message);
+            }
+        }
+    }
+}

@@ -1,0 +1,437 @@
+//! The QMP client: one task owns the socket, handles send it commands.
+//!
+//! ```text
+//!  execute() --Command--> +-------+ --line, fd--> QEMU
+//!                         | actor |
+//!  caller <--- answer --- +-------+ <--- lines -- QEMU
+//!  events() <- broadcast -----+
+//! ```
+//! Every command has an id, and waits in a table until its answer comes. A
+//! command that was sent is never taken back: when its caller gives up, the late
+//! answer is recognised by its id and dropped. Events are kept as name and
+//! value, so an unknown one harms nothing.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use serde_json::{Value, json};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+use crate::error::{Error, Kind, Result};
+use crate::qemu::Address;
+use crate::qemu::line::{Lines, Message};
+
+/// How long a command may take unless its caller says otherwise.
+pub const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Commands that wait to be sent.
+const COMMANDS: usize = 64;
+
+/// Events that a slow subscriber may lag behind before it misses some.
+const EVENTS: usize = 1024;
+
+/// Bytes of one read.
+const READ_BYTES: usize = 64 * 1024;
+
+/// An event of QEMU.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// Its name, as `JOB_STATUS_CHANGE`.
+    pub name: String,
+    /// Its data; null where it has none.
+    pub data: Value,
+}
+
+/// QEMU's own words when it refuses a command.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{class}: {desc}")]
+pub struct Refusal {
+    /// The error class; `GenericError` for nearly all.
+    pub class: String,
+    /// What QEMU says.
+    pub desc: String,
+}
+
+type Answer = oneshot::Sender<Result<Value>>;
+
+struct Command {
+    name: &'static str,
+    arguments: Value,
+    fd: Option<OwnedFd>,
+    answer: Answer,
+}
+
+/// A handle to a monitor; clones share the connection, which closes with the last.
+#[derive(Clone, Debug)]
+pub struct Qmp {
+    commands: mpsc::Sender<Command>,
+    /// Weak: receivers see the end of the connection while handles live.
+    events: broadcast::WeakSender<Event>,
+    passes_fds: bool,
+}
+
+impl Qmp {
+    /// Connects, reads the greeting within `deadline`, and negotiates.
+    ///
+    /// # Errors
+    /// [`Kind::MonitorUnreachable`]; [`Kind::MonitorBusy`] when there is no
+    /// greeting: QEMU serves one client a monitor, and lets others wait;
+    /// [`Kind::MonitorProtocol`].
+    pub async fn connect(address: &Address, deadline: Duration) -> Result<Self> {
+        let unreachable = |why: std::io::Error| {
+            Error::new(
+                Kind::MonitorUnreachable,
+                format!("connecting to the monitor {address}"),
+            )
+            .because(why)
+        };
+        match address {
+            Address::Unix(path) => {
+                let stream = tokio::time::timeout(deadline, UnixStream::connect(path))
+                    .await
+                    .map_err(|elapsed| unreachable(elapsed.into()))?
+                    .map_err(unreachable)?;
+                // A second descriptor of the socket, to send others with.
+                let sender = stream.as_fd().try_clone_to_owned().map_err(unreachable)?;
+                let sender = UnixStream::from_std(sender.into()).map_err(unreachable)?;
+                let qmp = Self::start(stream, Some(sender), deadline).await?;
+                Ok(qmp.probe_fds().await)
+            }
+            Address::Tcp(address) => {
+                let stream = tokio::time::timeout(deadline, TcpStream::connect(address))
+                    .await
+                    .map_err(|elapsed| unreachable(elapsed.into()))?
+                    .map_err(unreachable)?;
+                Self::start(stream, None, deadline).await
+            }
+        }
+    }
+
+    /// Speaks over any stream: a program's standard input and output, or a test.
+    ///
+    /// # Errors
+    /// As [`Qmp::connect`].
+    pub async fn over<S>(stream: S, deadline: Duration) -> Result<Self>
+    where
+        S: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        Self::start(stream, None, deadline).await
+    }
+
+    async fn start<S>(stream: S, sender: Option<UnixStream>, deadline: Duration) -> Result<Self>
+    where
+        S: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let (reader, writer) = tokio::io::split(stream);
+        let (mut reader, writer) = (Box::pin(reader), Box::pin(writer));
+        let mut lines = Lines::default();
+        let greeting = tokio::time::timeout(deadline, greeting(&mut reader, &mut lines)).await;
+        greeting.map_err(|_elapsed| {
+            Error::new(Kind::MonitorBusy, "waiting for the monitor's greeting")
+                .because("another client holds this monitor")
+        })??;
+        let (commands, queue) = mpsc::channel(COMMANDS);
+        let events = broadcast::channel(EVENTS).0;
+        let qmp = Self {
+            commands,
+            events: events.downgrade(),
+            passes_fds: false,
+        };
+        let actor = Actor {
+            writer,
+            sender,
+            pending: HashMap::new(),
+            last_id: 0,
+            events,
+        };
+        tokio::spawn(actor.run(reader, lines, queue));
+        qmp.execute_raw("qmp_capabilities", json!({})).await?;
+        Ok(qmp)
+    }
+
+    async fn probe_fds(mut self) -> Self {
+        // qemu-storage-daemon has no add-fd.
+        let commands = self
+            .execute_raw("query-commands", json!({}))
+            .await
+            .unwrap_or_default();
+        let has = |name: &str| {
+            commands
+                .as_array()
+                .is_some_and(|list| list.iter().any(|entry| entry["name"] == name))
+        };
+        self.passes_fds = has("add-fd") && has("getfd");
+        self
+    }
+
+    /// Whether [`Qmp::execute_with_fd`] works: a unix socket, and a QEMU that
+    /// takes descriptors.
+    #[must_use]
+    pub fn can_pass_fds(&self) -> bool {
+        self.passes_fds
+    }
+
+    /// Whether the connection has ended.
+    #[must_use]
+    pub fn is_closed(&self) -> bool {
+        self.commands.is_closed()
+    }
+
+    /// QEMU's events from now on. A subscriber that lags is told how many it missed.
+    #[must_use]
+    pub fn events(&self) -> broadcast::Receiver<Event> {
+        match self.events.upgrade() {
+            Some(events) => events.subscribe(),
+            // A receiver that is at its end.
+            None => broadcast::channel(1).1,
+        }
+    }
+
+    /// Sends a command and waits for its answer.
+    ///
+    /// # Errors
+    /// [`Kind::QemuRefused`] with a [`Refusal`] as source; [`Kind::QemuTimeout`]
+    /// after [`COMMAND_DEADLINE`]: it may still be done later; [`Kind::MonitorClosed`]:
+    /// it may have been done or not; [`Kind::MonitorProtocol`].
+    pub async fn execute_raw(&self, name: &'static str, arguments: Value) -> Result<Value> {
+        self.send(name, arguments, None, COMMAND_DEADLINE).await
+    }
+
+    /// [`Qmp::execute_raw`] with a deadline of its own.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn execute_raw_within(
+        &self,
+        name: &'static str,
+        arguments: Value,
+        deadline: Duration,
+    ) -> Result<Value> {
+        self.send(name, arguments, None, deadline).await
+    }
+
+    /// [`Qmp::execute_raw`] that passes a descriptor along.
+    ///
+    /// # Errors
+    /// As there; [`Kind::QemuUnsupported`] where descriptors cannot be passed.
+    pub async fn execute_with_fd(
+        &self,
+        name: &'static str,
+        arguments: Value,
+        fd: BorrowedFd<'_>,
+    ) -> Result<Value> {
+        if !self.passes_fds {
+            return Err(Error::new(
+                Kind::QemuUnsupported,
+                format!("passing a descriptor with {name}"),
+            ));
+        }
+        let fd = fd
+            .try_clone_to_owned()
+            .map_err(|error| Error::new(Kind::Internal, "copying a descriptor").because(error))?;
+        self.send(name, arguments, Some(fd), COMMAND_DEADLINE).await
+    }
+
+    async fn send(
+        &self,
+        name: &'static str,
+        arguments: Value,
+        fd: Option<OwnedFd>,
+        deadline: Duration,
+    ) -> Result<Value> {
+        let (answer, answered) = oneshot::channel();
+        let command = Command {
+            name,
+            arguments,
+            fd,
+            answer,
+        };
+        let exchange = async {
+            self.commands
+                .send(command)
+                .await
+                .map_err(|_closed| closed(name))?;
+            answered.await.unwrap_or_else(|_dropped| Err(closed(name)))
+        };
+        tokio::time::timeout(deadline, exchange)
+            .await
+            .unwrap_or_else(|_elapsed| {
+                Err(Error::new(Kind::QemuTimeout, format!("executing {name}"))
+                    .because(format!("no answer within {} s", deadline.as_secs())))
+            })
+    }
+}
+
+fn closed(name: &str) -> Error {
+    Error::new(Kind::MonitorClosed, format!("executing {name}"))
+        .because("the monitor's connection has ended")
+}
+
+async fn greeting(reader: &mut (impl AsyncRead + Unpin), lines: &mut Lines) -> Result<()> {
+    let broken = |why: &'static str| {
+        Error::new(Kind::MonitorProtocol, "reading the monitor's greeting").because(why)
+    };
+    match next(reader, lines).await? {
+        Some(Message {
+            greeting: Some(_), ..
+        }) => Ok(()),
+        Some(_) => Err(broken("the first line is no QMP greeting")),
+        None => Err(
+            Error::new(Kind::MonitorClosed, "reading the monitor's greeting")
+                .because("end of file"),
+        ),
+    }
+}
+
+/// The next message, or `None` at the end. Cancel-safe: bytes that were read
+/// stay in `lines`.
+async fn next(reader: &mut (impl AsyncRead + Unpin), lines: &mut Lines) -> Result<Option<Message>> {
+    let mut bytes = vec![0; READ_BYTES];
+    loop {
+        if let Some(message) = lines.next_message()? {
+            return Ok(Some(message));
+        }
+        match reader.read(&mut bytes).await {
+            Ok(0) => return Ok(None),
+            Ok(length) => lines.push(&bytes[..length]),
+            Err(error) => {
+                tracing::debug!(%error, "the monitor's connection broke");
+                return Ok(None);
+            }
+        }
+    }
+}
+
+struct Actor<W> {
+    writer: W,
+    /// The socket, where descriptors can be sent over it.
+    sender: Option<UnixStream>,
+    pending: HashMap<u64, (&'static str, Answer)>,
+    last_id: u64,
+    events: broadcast::Sender<Event>,
+}
+
+impl<W: AsyncWrite + Unpin + Send> Actor<W> {
+    async fn run(
+        mut self,
+        mut reader: impl AsyncRead + Unpin + Send,
+        mut lines: Lines,
+        mut queue: mpsc::Receiver<Command>,
+    ) {
+        loop {
+            tokio::select! {
+                command = queue.recv() => match command {
+                    Some(command) => if let Err(error) = self.command(command).await {
+                        tracing::debug!(error = error.chain(), "the monitor's connection broke");
+                        break;
+                    },
+                    None => break,
+                },
+                message = next(&mut reader, &mut lines) => match message {
+                    Ok(Some(message)) => self.message(message),
+                    Ok(None) => break,
+                    Err(error) => return self.fail(&error),
+                },
+            }
+        }
+        // Dropping the answers tells the callers: closed.
+    }
+
+    /// A lie of the peer: each caller gets to know which.
+    fn fail(self, error: &Error) {
+        for (name, answer) in self.pending.into_values() {
+            let lie = Error::new(Kind::MonitorProtocol, format!("executing {name}"))
+                .because(error.chain());
+            let _gone = answer.send(Err(lie));
+        }
+    }
+
+    async fn command(&mut self, command: Command) -> Result<()> {
+        let Command {
+            name,
+            arguments,
+            fd,
+            answer,
+        } = command;
+        self.last_id += 1;
+        let id = self.last_id;
+        let mut line = json!({"execute": name, "arguments": arguments, "id": id})
+            .to_string()
+            .into_bytes();
+        line.push(b'\n');
+        tracing::trace!(line = %String::from_utf8_lossy(&line).trim_end(), "to QEMU");
+        self.pending.insert(id, (name, answer));
+        let broken = |error: std::io::Error| {
+            Error::new(Kind::MonitorClosed, format!("sending {name}")).because(error)
+        };
+        let rest = match (fd, &self.sender) {
+            (Some(fd), Some(socket)) => {
+                // The descriptor goes with the first byte, so it cannot end up with
+                // another command.
+                send_fd(socket, &line[..1], fd.as_fd())
+                    .await
+                    .map_err(broken)?;
+                &line[1..]
+            }
+            _ => &line[..],
+        };
+        self.writer.write_all(rest).await.map_err(broken)?;
+        self.writer.flush().await.map_err(broken)
+    }
+
+    fn message(&mut self, message: Message) {
+        let Message {
+            id,
+            returned,
+            error,
+            event,
+            data,
+            ..
+        } = message;
+        if let Some(name) = event {
+            // No subscriber is no harm.
+            let _none = self.events.send(Event {
+                name,
+                data: data.unwrap_or_default(),
+            });
+            return;
+        }
+        let Some((name, answer)) = id.and_then(|id| self.pending.remove(&id)) else {
+            tracing::debug!(?id, "an answer that nobody waits for");
+            return;
+        };
+        let answered = match (returned, error) {
+            (_, Some(error)) => Err(Error::new(Kind::QemuRefused, format!("executing {name}"))
+                .because(Refusal {
+                    class: error.class,
+                    desc: error.desc,
+                })),
+            (Some(value), None) => Ok(value),
+            (None, None) => Err(
+                Error::new(Kind::MonitorProtocol, format!("executing {name}"))
+                    .because("an answer with neither return nor error"),
+            ),
+        };
+        // A caller that gave up.
+        let _gone = answer.send(answered);
+    }
+}
+
+async fn send_fd(socket: &UnixStream, byte: &[u8], fd: BorrowedFd<'_>) -> std::io::Result<()> {
+    let send = || {
+        let fds = [fd];
+        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+            return Err(std::io::ErrorKind::InvalidInput.into());
+        }
+        let bytes = [std::io::IoSlice::new(byte)];
+        rustix::net::sendmsg(socket, &bytes, &mut control, SendFlags::NOSIGNAL)?;
+        Ok(())
+    };
+    socket.async_io(tokio::io::Interest::WRITABLE, send).await
+}

@@ -1,0 +1,235 @@
+//! Small questions to QEMU, and their answers in the members that matter.
+//! Unknown members are ignored; words are kept as text.
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde_json::json;
+
+use crate::error::{Error, Kind, Result};
+use crate::qemu::Qmp;
+
+async fn ask<T: DeserializeOwned>(
+    qmp: &Qmp,
+    command: &'static str,
+    arguments: serde_json::Value,
+) -> Result<T> {
+    let answer = qmp.execute_raw(command, arguments).await?;
+    serde_json::from_value(answer).map_err(|error| {
+        Error::new(
+            Kind::MonitorProtocol,
+            format!("reading the answer to {command}"),
+        )
+        .because(error)
+    })
+}
+
+/// QEMU's version (QAPI `VersionTriple`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+pub struct Version {
+    /// As 10 in 10.0.2.
+    pub major: u32,
+    /// As 0 in 10.0.2.
+    pub minor: u32,
+    /// As 2 in 10.0.2.
+    pub micro: u32,
+}
+
+/// `query-version`.
+///
+/// # Errors
+/// As all here: QEMU's, the monitor's.
+pub async fn version(qmp: &Qmp) -> Result<Version> {
+    #[derive(Deserialize)]
+    struct Answer {
+        qemu: Version,
+    }
+    ask::<Answer>(qmp, "query-version", json!({}))
+        .await
+        .map(|answer| answer.qemu)
+}
+
+/// `query-name`; `None` for a VM without one.
+///
+/// # Errors
+/// [`Kind::QemuRefused`] in a storage daemon.
+pub async fn name(qmp: &Qmp) -> Result<Option<String>> {
+    #[derive(Deserialize)]
+    struct Answer {
+        name: Option<String>,
+    }
+    ask::<Answer>(qmp, "query-name", json!({}))
+        .await
+        .map(|answer| answer.name)
+}
+
+/// `query-uuid`; `None` for a VM without one, which QEMU tells as all zeros.
+///
+/// # Errors
+/// [`Kind::QemuRefused`] in a storage daemon.
+pub async fn uuid(qmp: &Qmp) -> Result<Option<String>> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "UPPERCASE")]
+    struct Answer {
+        uuid: String,
+    }
+    let Answer { uuid } = ask(qmp, "query-uuid", json!({})).await?;
+    let set = uuid.bytes().any(|byte| !matches!(byte, b'0' | b'-'));
+    Ok(set.then_some(uuid))
+}
+
+/// `query-status`: the run state.
+///
+/// # Errors
+/// [`Kind::QemuRefused`] in a storage daemon.
+pub async fn status(qmp: &Qmp) -> Result<Option<String>> {
+    #[derive(Deserialize)]
+    struct Answer {
+        status: String,
+    }
+    ask::<Answer>(qmp, "query-status", json!({}))
+        .await
+        .map(|answer| Some(answer.status))
+}
+
+/// An NBD, FUSE or vhost-user export (QAPI `BlockExportInfo`).
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockExport {
+    /// Its id.
+    pub id: String,
+    /// `nbd`, `fuse`, `vhost-user-blk`, ...
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The node that it shows.
+    #[serde(default)]
+    pub node_name: String,
+}
+
+/// `query-block-exports`.
+///
+/// # Errors
+/// QEMU's, the monitor's.
+pub async fn block_exports(qmp: &Qmp) -> Result<Vec<BlockExport>> {
+    ask(qmp, "query-block-exports", json!({})).await
+}
+
+/// A job (QAPI `JobInfo`).
+#[derive(Clone, Debug, Deserialize)]
+pub struct Job {
+    /// Its id.
+    pub id: String,
+    /// `created`, `running`, ..., `concluded`.
+    pub status: String,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+/// `query-jobs`.
+///
+/// # Errors
+/// QEMU's, the monitor's.
+pub async fn jobs(qmp: &Qmp) -> Result<Vec<Job>> {
+    ask(qmp, "query-jobs", json!({})).await
+}
+
+/// A dirty bitmap (QAPI `BlockDirtyInfo`).
+#[derive(Clone, Debug, Deserialize)]
+pub struct DirtyBitmap {
+    /// Filters keep bitmaps without a name.
+    pub name: Option<String>,
+    /// Dirty bytes.
+    pub count: u64,
+    /// Bytes that one bit stands for.
+    pub granularity: u64,
+    /// Changes are recorded.
+    pub recording: bool,
+    /// A job or an export uses it.
+    pub busy: bool,
+    /// The image stores it.
+    pub persistent: bool,
+    /// It was not stored in order, and cannot be used.
+    #[serde(default)]
+    pub inconsistent: bool,
+}
+
+/// An image (QAPI `ImageInfo`).
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Image {
+    /// Bytes that a reader sees.
+    pub virtual_size: u64,
+    /// The image below.
+    pub backing_image: Option<Box<serde_json::Value>>,
+    /// What is special to the format.
+    pub format_specific: Option<FormatSpecific>,
+}
+
+/// What is special to a format (QAPI `ImageInfoSpecific`).
+#[derive(Clone, Debug, Deserialize)]
+pub struct FormatSpecific {
+    /// The members, by format.
+    pub data: serde_json::Value,
+}
+
+/// A block node (QAPI `BlockDeviceInfo`).
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockNode {
+    /// Its name; begins with `#` where QEMU made it up.
+    #[serde(default)]
+    pub node_name: String,
+    /// The driver.
+    pub drv: String,
+    /// Opened read-only.
+    pub ro: bool,
+    /// What is opened, as QEMU names it.
+    pub file: String,
+    /// The image.
+    pub image: Image,
+    /// Its dirty bitmaps.
+    #[serde(default)]
+    pub dirty_bitmaps: Vec<DirtyBitmap>,
+}
+
+/// `query-named-block-nodes`, without the images below each.
+///
+/// # Errors
+/// QEMU's, the monitor's.
+pub async fn named_block_nodes(qmp: &Qmp) -> Result<Vec<BlockNode>> {
+    ask(qmp, "query-named-block-nodes", json!({"flat": true})).await
+}
+
+/// A guest's device (QAPI `BlockInfo`).
+#[derive(Clone, Debug, Deserialize)]
+pub struct BlockDevice {
+    /// The backend's name; empty with `-blockdev`.
+    pub device: String,
+    /// The device's id, or its path in the object tree.
+    pub qdev: Option<String>,
+    /// The guest can eject it.
+    pub removable: bool,
+    /// What is in it.
+    pub inserted: Option<BlockNode>,
+}
+
+/// `query-block`: the guest's devices; none in a storage daemon.
+///
+/// # Errors
+/// QEMU's, the monitor's.
+pub async fn block_devices(qmp: &Qmp) -> Result<Vec<BlockDevice>> {
+    ask(qmp, "query-block", json!({})).await
+}
+
+/// `qom-get`, as text where it is one.
+///
+/// # Errors
+/// [`Kind::QemuRefused`] where there is no such object or property.
+pub async fn property(qmp: &Qmp, path: &str, property: &str) -> Result<Option<String>> {
+    let value = qmp
+        .execute_raw("qom-get", json!({"path": path, "property": property}))
+        .await?;
+    Ok(value
+        .as_str()
+        .filter(|text| !text.is_empty())
+        .map(str::to_owned))
+}

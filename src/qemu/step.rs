@@ -1,0 +1,307 @@
+//! The commands that build a point in time, as JSON. Pure.
+//!
+//! They are written out rather than built from qapi's structs, whose every
+//! absent option would have to be spelled; the tests hold each against qapi's
+//! type, so that a misspelt member fails.
+
+use serde_json::{Value, json};
+
+/// The names of one disk's objects in a session. QEMU's limit for a node's name
+/// is 31 bytes; these have at most 25.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Names {
+    stem: String,
+}
+
+/// What all temporary objects' names start with.
+pub const PREFIX: &str = "qf-";
+
+impl Names {
+    /// For the `index`-th disk of session `session` (10 letters or digits).
+    #[must_use]
+    pub fn new(session: &str, index: usize) -> Self {
+        Self {
+            stem: format!("{PREFIX}{session}-{index}"),
+        }
+    }
+
+    /// The job that keeps the point in time.
+    #[must_use]
+    pub fn job(&self) -> String {
+        self.stem.clone()
+    }
+
+    /// The filter that the job inserts above the disk.
+    #[must_use]
+    pub fn filter(&self) -> String {
+        format!("{}-cbw", self.stem)
+    }
+
+    /// The node that reads as the point in time.
+    #[must_use]
+    pub fn view(&self) -> String {
+        format!("{}-acc", self.stem)
+    }
+
+    /// The scratch image.
+    #[must_use]
+    pub fn scratch(&self) -> String {
+        format!("{}-s", self.stem)
+    }
+
+    /// The scratch image's file.
+    #[must_use]
+    pub fn scratch_file(&self) -> String {
+        format!("{}-f", self.stem)
+    }
+
+    /// The job that formats the scratch image.
+    #[must_use]
+    pub fn create_job(&self) -> String {
+        format!("{}-create", self.stem)
+    }
+
+    /// The frozen copy of the base's bitmap.
+    #[must_use]
+    pub fn changes(&self) -> String {
+        format!("{}-inc", self.stem)
+    }
+
+    /// The new checkpoint until it is committed.
+    #[must_use]
+    pub fn pending(&self) -> String {
+        format!("{}-new", self.stem)
+    }
+}
+
+/// What the transaction does with one disk.
+#[derive(Clone, Debug)]
+pub struct Instant<'a> {
+    /// The disk's node.
+    pub node: &'a str,
+    /// The disk's objects.
+    pub names: &'a Names,
+    /// The base's bitmap and its granularity, in an incremental.
+    pub base: Option<(&'a str, u64)>,
+    /// The granularity of the new checkpoint, where one is made.
+    pub checkpoint: Option<u64>,
+}
+
+/// `transaction`: the point in time of all disks. Backup actions come first:
+/// each drains its disk until the transaction ends, so that no write of an
+/// iothread falls between the instant and the bitmaps.
+#[must_use]
+pub fn point_in_time(disks: &[Instant<'_>]) -> Value {
+    let backups = disks.iter().map(|disk| {
+        json!({"type": "blockdev-backup", "data": {
+            "job-id": disk.names.job(), "device": disk.node, "target": disk.names.scratch(),
+            "sync": "none", "filter-node-name": disk.names.filter(), "auto-dismiss": false,
+        }})
+    });
+    let bitmaps = disks.iter().flat_map(|disk| {
+        let new = disk
+            .checkpoint
+            .map(|grain| add_bitmap(disk.node, &disk.names.pending(), grain, false, false));
+        let frozen = disk.base.into_iter().flat_map(|(base, grain)| {
+            let name = disk.names.changes();
+            [
+                add_bitmap(disk.node, &name, grain, false, true),
+                merge_bitmap(disk.node, base, &name),
+            ]
+        });
+        new.into_iter().chain(frozen)
+    });
+    json!({"actions": backups.chain(bitmaps).collect::<Vec<_>>()})
+}
+
+/// A checkpoint that is committed.
+#[derive(Clone, Debug)]
+pub struct Lasting<'a> {
+    /// The disk's node.
+    pub node: &'a str,
+    /// The pending bitmap.
+    pub pending: &'a str,
+    /// The checkpoint's bitmap.
+    pub bitmap: &'a str,
+    /// Bytes that one bit stands for.
+    pub granularity: u64,
+    /// Whether the image stores it.
+    pub persistent: bool,
+}
+
+/// `transaction`: pending checkpoints become lasting ones, on all disks or none.
+/// The lasting one records before the pending one's bits are merged into it: a
+/// write between is in one of them, or both.
+#[must_use]
+pub fn commit(disks: &[Lasting<'_>]) -> Value {
+    let actions: Vec<Value> = disks
+        .iter()
+        .flat_map(|disk| {
+            [
+                add_bitmap(
+                    disk.node,
+                    disk.bitmap,
+                    disk.granularity,
+                    disk.persistent,
+                    false,
+                ),
+                merge_bitmap(disk.node, disk.pending, disk.bitmap),
+                remove_bitmap(disk.node, disk.pending),
+            ]
+        })
+        .collect();
+    json!({"actions": actions})
+}
+
+/// `transaction`: bitmaps go, all or none. `bitmaps` are (node, name).
+#[must_use]
+pub fn remove_bitmaps(bitmaps: &[(String, String)]) -> Value {
+    let actions: Vec<Value> = bitmaps
+        .iter()
+        .map(|(node, name)| remove_bitmap(node, name))
+        .collect();
+    json!({"actions": actions})
+}
+
+fn add_bitmap(node: &str, name: &str, granularity: u64, persistent: bool, disabled: bool) -> Value {
+    json!({"type": "block-dirty-bitmap-add", "data": {
+        "node": node, "name": name, "granularity": granularity, "persistent": persistent, "disabled": disabled,
+    }})
+}
+
+fn merge_bitmap(node: &str, from: &str, into: &str) -> Value {
+    json!({"type": "block-dirty-bitmap-merge", "data": {"node": node, "target": into, "bitmaps": [from]}})
+}
+
+fn remove_bitmap(node: &str, name: &str) -> Value {
+    json!({"type": "block-dirty-bitmap-remove", "data": {"node": node, "name": name}})
+}
+
+/// `blockdev-add`: the file below the scratch image.
+#[must_use]
+pub fn scratch_file(names: &Names, filename: &str) -> Value {
+    // No flush: scratch is worthless after a crash of the machine.
+    json!({"driver": "file", "node-name": names.scratch_file(), "filename": filename,
+        "discard": "unmap", "cache": {"no-flush": true}})
+}
+
+/// `blockdev-create`: an empty qcow2 in that file. It has no backing image:
+/// what is not copied must not shine through, and holes then cost nothing.
+#[must_use]
+pub fn format_scratch(names: &Names, size: u64) -> Value {
+    json!({"job-id": names.create_job(),
+        "options": {"driver": "qcow2", "file": names.scratch_file(), "size": size}})
+}
+
+/// `blockdev-add`: the scratch image.
+#[must_use]
+pub fn scratch(names: &Names) -> Value {
+    json!({"driver": "qcow2", "node-name": names.scratch(), "file": names.scratch_file(), "discard": "unmap"})
+}
+
+/// `blockdev-add`: the view of the point in time.
+#[must_use]
+pub fn view(names: &Names) -> Value {
+    json!({"driver": "snapshot-access", "node-name": names.view(), "file": names.filter(), "discard": "unmap"})
+}
+
+/// `block-export-add`: the view over NBD. Writable only for TRIM, which gives
+/// parts of the view back; QEMU refuses every other write to it.
+#[must_use]
+pub fn export(names: &Names, name: &str, node: &str, incremental: bool) -> Value {
+    let mut export = json!({"type": "nbd", "id": names.job(), "node-name": names.view(), "name": name, "writable": true});
+    if incremental {
+        export["bitmaps"] = json!([{"node": node, "name": names.changes()}]);
+    }
+    export
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use qapi::qmp;
+    use serde::Serialize;
+    use serde::de::DeserializeOwned;
+
+    /// qapi's types drop members that QEMU's schema does not have.
+    fn fits<T: DeserializeOwned + Serialize>(value: &Value) {
+        let typed: T = serde_json::from_value(value.clone()).unwrap();
+        assert_eq!(&serde_json::to_value(&typed).unwrap(), value);
+    }
+
+    fn names() -> Names {
+        Names::new("abcdefghij", 255)
+    }
+
+    #[test]
+    fn all_commands_fit_qemus_schema() {
+        let names = names();
+        let disks = [
+            Instant {
+                node: "a",
+                names: &names,
+                base: Some(("b", 65536)),
+                checkpoint: Some(65536),
+            },
+            Instant {
+                node: "#block1",
+                names: &names,
+                base: None,
+                checkpoint: None,
+            },
+        ];
+        fits::<qmp::transaction>(&point_in_time(&disks));
+        let lasting = Lasting {
+            node: "a",
+            pending: "p",
+            bitmap: "b",
+            granularity: 65536,
+            persistent: true,
+        };
+        fits::<qmp::transaction>(&commit(&[lasting]));
+        fits::<qmp::transaction>(&remove_bitmaps(&[("a".into(), "b".into())]));
+        fits::<qmp::blockdev_add>(&scratch_file(&names, "/dev/fdset/1"));
+        fits::<qmp::blockdev_create>(&format_scratch(&names, 1 << 40));
+        fits::<qmp::blockdev_add>(&scratch(&names));
+        fits::<qmp::blockdev_add>(&view(&names));
+        fits::<qmp::block_export_add>(&export(&names, "disk0", "a", true));
+        fits::<qmp::block_export_add>(&export(&names, "disk0", "a", false));
+    }
+
+    #[test]
+    fn backup_actions_come_first() {
+        let names = names();
+        let disk = Instant {
+            node: "a",
+            names: &names,
+            base: Some(("b", 65536)),
+            checkpoint: Some(65536),
+        };
+        let transaction = point_in_time(&[disk.clone(), disk]);
+        let kinds: Vec<&str> = transaction["actions"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|action| action["type"].as_str().unwrap())
+            .collect();
+        let first_other = kinds
+            .iter()
+            .position(|kind| *kind != "blockdev-backup")
+            .unwrap();
+        assert_eq!(first_other, 2);
+        assert!(!kinds[first_other..].contains(&"blockdev-backup"));
+    }
+
+    #[test]
+    fn node_names_fit_qemus_limit() {
+        let names = names();
+        for name in [
+            names.filter(),
+            names.view(),
+            names.scratch(),
+            names.scratch_file(),
+        ] {
+            assert!(name.len() <= 31, "{name}");
+        }
+    }
+}
