@@ -4,9 +4,20 @@
 //! `ARCHITECTURE.md` shows the layers and lists the invariants by number.
 
 pub mod buffer;
+pub mod checkpoint;
 pub mod error;
 pub mod extent;
+pub mod inspect;
 pub mod nbd;
+pub mod plan;
+pub mod pull;
 pub mod qemu;
+pub mod restore;
+pub mod scratch;
+pub mod server;
+pub mod session;
+pub mod storage_daemon;
+pub mod teardown;
+pub mod view;
 
 pub use error::{Error, Kind, Result};

@@ -1,0 +1,389 @@
+//! Restore: extents become an image file again, offline.
+//!
+//! ```text
+//! begin --> (write | barrier)* --> finish --> the image, under its name
+//!                        \-------> abort, or an error --> nothing
+//! ```
+//! A `qemu-storage-daemon` of our own writes the image beside the target under a
+//! hidden name; `finish` flushes and renames it. Who calls has checked the record
+//! stream: what is written here is taken for true.
+
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::buffer::Pool;
+use crate::error::{Error, Kind, Result};
+use crate::extent::{Range, length, next_cut};
+use crate::nbd::{Address, Client, Ticket};
+use crate::qemu::job;
+use crate::session::random_id;
+use crate::storage_daemon::StorageDaemon;
+
+/// Writes under way at a time, and buffers for them.
+const WRITES: usize = 8;
+
+/// Longest range that one request fills with zeros.
+const ZERO_STEP: u64 = 1 << 30;
+
+/// How long the daemon gets to answer one NBD request.
+const NBD_DEADLINE: Duration = Duration::from_secs(120);
+
+/// How long it gets to make an empty image.
+const CREATE_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The target's image format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The disk's bytes as they are, sparse.
+    Raw,
+    /// QEMU's format, version 3.
+    Qcow2,
+}
+
+/// What is to be made, and with what.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// The image: an absolute path where nothing is yet.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+    /// The disk's bytes.
+    pub size: u64,
+}
+
+/// A restore under way.
+#[derive(Debug)]
+pub struct Restore {
+    target: Target,
+    partial: PathBuf,
+    private: PathBuf,
+    daemon: StorageDaemon,
+    client: Client,
+    pool: Pool,
+    tickets: VecDeque<Ticket<()>>,
+}
+
+/// Removes what a restore has made, unless it is disarmed.
+#[derive(Debug)]
+struct Files {
+    partial: PathBuf,
+    private: PathBuf,
+}
+
+impl Files {
+    fn remove(&self) -> Vec<String> {
+        let results = [
+            (&self.partial, std::fs::remove_file(&self.partial)),
+            (&self.private, std::fs::remove_dir_all(&self.private)),
+        ];
+        let failed = |(path, result): (&PathBuf, std::io::Result<()>)| match result {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Some(format!("{}: {error}", path.display()))
+            }
+            _ => None,
+        };
+        results.into_iter().filter_map(failed).collect()
+    }
+}
+
+impl Restore {
+    /// Makes an empty image of the target's size beside it, with `daemon`
+    /// (`qemu-storage-daemon`).
+    ///
+    /// # Errors
+    /// [`Kind::TargetExists`], [`Kind::TargetUnwritable`],
+    /// [`Kind::StorageDaemonFailed`]; nothing is left then.
+    pub async fn begin(target: Target, daemon: &Path, runtime_dir: &Path) -> Result<Self> {
+        let id = random_id();
+        let partial = partial_path(&target.path, &id)?;
+        if target.path.symlink_metadata().is_ok() {
+            return Err(Error::new(
+                Kind::TargetExists,
+                format!("restoring to {}", target.path.display()),
+            ));
+        }
+        let files = Files {
+            partial,
+            private: runtime_dir.join(format!("qf-{id}")),
+        };
+        match Self::open(target, &files, daemon).await {
+            Ok(restore) => Ok(restore),
+            Err(error) => Err(error.leaving(files.remove())),
+        }
+    }
+
+    async fn open(target: Target, files: &Files, program: &Path) -> Result<Self> {
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&files.partial)
+            .map_err(|error| unwritable(&target.path, error))?;
+        if target.format == Format::Raw {
+            file.set_len(target.size)
+                .map_err(|error| unwritable(&target.path, error))?;
+        }
+        std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(&files.private)
+            .map_err(|error| unwritable(&files.private, error))?;
+        let daemon = StorageDaemon::start(program).await?;
+        let socket = files.private.join("nbd.sock");
+        let opened = open_image(&daemon, &target, &files.partial, &socket).await;
+        let client = match opened {
+            Ok(client) => client,
+            Err(error) => {
+                let _stopped = daemon.stop().await;
+                return Err(error);
+            }
+        };
+        Ok(Self {
+            target,
+            partial: files.partial.clone(),
+            private: files.private.clone(),
+            daemon,
+            client,
+            pool: Pool::new(WRITES),
+            tickets: VecDeque::new(),
+        })
+    }
+
+    /// The disk's bytes.
+    #[must_use]
+    pub fn size(&self) -> u64 {
+        self.target.size
+    }
+
+    /// Writes bytes at `offset`. Returns before they are written.
+    ///
+    /// # Errors
+    /// [`Kind::TargetUnwritable`], also for an earlier write.
+    pub async fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<()> {
+        self.make_room().await?;
+        let mut buffer = self.pool.take(bytes.len()).await;
+        buffer.copy_from_slice(bytes);
+        let ticket = self.client.submit_write(offset, buffer).await;
+        self.tickets
+            .push_back(ticket.map_err(|error| self.explain(error))?);
+        Ok(())
+    }
+
+    /// Makes a range read as zeros, without room where the format can.
+    ///
+    /// # Errors
+    /// As [`Restore::write`].
+    pub async fn zero(&mut self, range: Range) -> Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            self.make_room().await?;
+            let end = next_cut(at, ZERO_STEP, range.end);
+            let ticket = self
+                .client
+                .submit_write_zeroes(at, length(&(at..end)), false)
+                .await;
+            self.tickets
+                .push_back(ticket.map_err(|error| self.explain(error))?);
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Waits for all writes: what comes later may overwrite what came before.
+    ///
+    /// # Errors
+    /// As [`Restore::write`].
+    pub async fn barrier(&mut self) -> Result<()> {
+        while let Some(ticket) = self.tickets.pop_front() {
+            ticket.await.map_err(|error| self.explain(error))?;
+        }
+        Ok(())
+    }
+
+    async fn make_room(&mut self) -> Result<()> {
+        if self.tickets.len() >= WRITES
+            && let Some(oldest) = self.tickets.pop_front()
+        {
+            oldest.await.map_err(|error| self.explain(error))?;
+        }
+        Ok(())
+    }
+
+    fn explain(&self, error: Error) -> Error {
+        unwritable(&self.target.path, error)
+    }
+
+    /// Flushes, closes and names the image. After an error nothing is left.
+    ///
+    /// # Errors
+    /// [`Kind::TargetUnwritable`], [`Kind::TargetExists`], [`Kind::StorageDaemonFailed`].
+    pub async fn finish(mut self) -> Result<()> {
+        let written = async {
+            self.barrier().await?;
+            let flush = self
+                .client
+                .submit_flush()
+                .await
+                .map_err(|error| self.explain(error))?;
+            flush.await.map_err(|error| self.explain(error))
+        };
+        let written = written.await;
+        let Self {
+            target,
+            partial,
+            private,
+            daemon,
+            client,
+            ..
+        } = self;
+        let files = Files { partial, private };
+        client.close().await;
+        let closed = close_image(&daemon).await;
+        let stopped = daemon.stop().await;
+        let named = written
+            .and(closed)
+            .and(stopped)
+            .and_then(|()| publish(&files.partial, &target.path));
+        let leftovers = files.remove();
+        match named {
+            Ok(()) => Ok(()),
+            Err(error) => Err(error.leaving(leftovers)),
+        }
+    }
+
+    /// Removes what there is; returns what could not be removed.
+    pub async fn abort(self) -> Vec<String> {
+        let Self {
+            partial,
+            private,
+            daemon,
+            client,
+            ..
+        } = self;
+        client.close().await;
+        let stopped = daemon.stop().await;
+        let mut leftovers = Files { partial, private }.remove();
+        if let Err(error) = stopped {
+            leftovers.push(error.chain());
+        }
+        leftovers
+    }
+}
+
+fn partial_path(target: &Path, id: &str) -> Result<PathBuf> {
+    let invalid = |why: &'static str| {
+        Error::new(
+            Kind::InvalidRequest,
+            format!("restoring to {}", target.display()),
+        )
+        .because(why)
+    };
+    if !target.is_absolute() {
+        return Err(invalid("the path is not absolute"));
+    }
+    let (Some(dir), Some(name)) = (target.parent(), target.file_name()) else {
+        return Err(invalid("the path names no file"));
+    };
+    let name = name
+        .to_str()
+        .ok_or_else(|| invalid("the name is not UTF-8"))?;
+    Ok(dir.join(format!(".{name}.qf-{id}.partial")))
+}
+
+fn unwritable(path: &Path, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
+    Error::new(
+        Kind::TargetUnwritable,
+        format!("writing {}", path.display()),
+    )
+    .because(error)
+}
+
+async fn open_image(
+    daemon: &StorageDaemon,
+    target: &Target,
+    partial: &Path,
+    socket: &Path,
+) -> Result<Client> {
+    let qmp = &daemon.qmp;
+    let path = |path: &Path| {
+        let unusable = || {
+            Error::new(Kind::InvalidRequest, "naming a file to QEMU")
+                .because("its path is not UTF-8")
+        };
+        path.to_str().map(str::to_owned).ok_or_else(unusable)
+    };
+    let file = json!({"driver": "file", "node-name": "file", "filename": path(partial)?, "discard": "unmap"});
+    qmp.execute_raw("blockdev-add", file).await?;
+    let driver = match target.format {
+        Format::Raw => "raw",
+        Format::Qcow2 => {
+            let options = json!({"driver": "qcow2", "file": "file", "size": target.size});
+            let create = json!({"job-id": "create", "options": options});
+            job::run(qmp, "blockdev-create", create, "create", CREATE_DEADLINE).await?;
+            "qcow2"
+        }
+    };
+    let image = json!({"driver": driver, "node-name": "image", "file": "file",
+        "discard": "unmap", "detect-zeroes": "unmap"});
+    qmp.execute_raw("blockdev-add", image).await?;
+    let address = json!({"type": "unix", "data": {"path": path(socket)?}});
+    qmp.execute_raw("nbd-server-start", json!({"addr": address}))
+        .await?;
+    let export = json!({"type": "nbd", "id": "image", "node-name": "image", "name": "image", "writable": true});
+    qmp.execute_raw("block-export-add", export).await?;
+    Client::connect(
+        &Address::Unix(socket.to_owned()),
+        "image",
+        None,
+        NBD_DEADLINE,
+    )
+    .await
+}
+
+/// Closing is what writes the last of qcow2's metadata, and what may fail.
+async fn close_image(daemon: &StorageDaemon) -> Result<()> {
+    let qmp = &daemon.qmp;
+    let mut teardown = crate::teardown::Teardown::default();
+    teardown.push(crate::teardown::Undo::Node {
+        node: "file".into(),
+    });
+    teardown.push(crate::teardown::Undo::Node {
+        node: "image".into(),
+    });
+    teardown.push(crate::teardown::Undo::Export { id: "image".into() });
+    let failures = teardown.run(qmp).await;
+    if failures.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::TargetUnwritable, "closing the image").because(failures.join("; ")))
+}
+
+/// Gives the image its name, on stable storage, unless something has it by now.
+fn publish(partial: &Path, target: &Path) -> Result<()> {
+    let dir = target.parent().unwrap_or(Path::new("/"));
+    let sync = |path: &Path| {
+        File::open(path)
+            .and_then(|file| file.sync_all())
+            .map_err(|error| unwritable(target, error))
+    };
+    sync(partial)?;
+    let renamed = rustix::fs::renameat_with(
+        rustix::fs::CWD,
+        partial,
+        rustix::fs::CWD,
+        target,
+        rustix::fs::RenameFlags::NOREPLACE,
+    );
+    match renamed {
+        Ok(()) => sync(dir),
+        Err(rustix::io::Errno::EXIST) => Err(Error::new(
+            Kind::TargetExists,
+            format!("restoring to {}", target.display()),
+        )),
+        Err(error) => Err(unwritable(target, std::io::Error::from(error))),
+    }
+}

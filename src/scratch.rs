@@ -1,0 +1,158 @@
+//! Scratch: where QEMU keeps the old data of blocks that the guest overwrites
+//! while a point in time is open.
+//!
+//! It is a qcow2 image without a backing image, in a file that has no name: its
+//! room comes back by itself when QEMU or the session ends. Where descriptors can
+//! be passed (QMP over a unix socket, to qemu-system) the file never has a name;
+//! elsewhere it has one until QEMU has opened it.
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{Mode, OFlags};
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::error::{Error, Kind, Result};
+use crate::qemu::step::{self, Names};
+use crate::qemu::{Qmp, job};
+use crate::teardown::{Teardown, Undo};
+
+/// How long QEMU gets to format an empty image.
+const FORMAT_DEADLINE: Duration = Duration::from_secs(30);
+
+/// A disk's scratch file, held open to tell what it takes.
+#[derive(Debug)]
+pub struct Scratch {
+    file: File,
+}
+
+impl Scratch {
+    /// Makes a scratch image of `size` bytes in `dir` and opens it in QEMU as
+    /// node [`Names::scratch`]. What it makes is on `teardown`.
+    ///
+    /// # Errors
+    /// [`Kind::ScratchUnavailable`] when the file cannot be made; else QEMU's.
+    pub async fn open(
+        qmp: &Qmp,
+        names: &Names,
+        size: u64,
+        dir: &Path,
+        teardown: &mut Teardown,
+    ) -> Result<Self> {
+        let file = if qmp.can_pass_fds() {
+            let file = unnamed_file(dir)?;
+            let set = add_fd(qmp, &file, names).await?;
+            teardown.push(Undo::FdSet { id: set });
+            teardown.push(Undo::Node {
+                node: names.scratch_file(),
+            });
+            qmp.execute_raw(
+                "blockdev-add",
+                step::scratch_file(names, &format!("/dev/fdset/{set}")),
+            )
+            .await?;
+            // The node keeps the file open; the set would outlive it.
+            qmp.execute_raw("remove-fd", json!({"fdset-id": set}))
+                .await?;
+            teardown.forget(&Undo::FdSet { id: set });
+            file
+        } else {
+            let (file, path) = named_file(dir, names)?;
+            teardown.push(Undo::File(path.clone()));
+            teardown.push(Undo::Node {
+                node: names.scratch_file(),
+            });
+            qmp.execute_raw(
+                "blockdev-add",
+                step::scratch_file(names, &path.to_string_lossy()),
+            )
+            .await?;
+            std::fs::remove_file(&path).map_err(|error| unavailable(dir, error))?;
+            teardown.forget(&Undo::File(path));
+            file
+        };
+        teardown.push(Undo::Job {
+            id: names.create_job(),
+        });
+        job::run(
+            qmp,
+            "blockdev-create",
+            step::format_scratch(names, size),
+            &names.create_job(),
+            FORMAT_DEADLINE,
+        )
+        .await?;
+        teardown.forget(&Undo::Job {
+            id: names.create_job(),
+        });
+        teardown.push(Undo::Node {
+            node: names.scratch(),
+        });
+        qmp.execute_raw("blockdev-add", step::scratch(names))
+            .await?;
+        Ok(Self { file })
+    }
+
+    /// Bytes that the file takes now; 0 when that cannot be told.
+    #[must_use]
+    pub fn allocated(&self) -> u64 {
+        self.file
+            .metadata()
+            .map_or(0, |metadata| metadata.blocks().saturating_mul(512))
+    }
+}
+
+#[derive(Deserialize)]
+struct AddedFd {
+    #[serde(rename = "fdset-id")]
+    set: i64,
+}
+
+async fn add_fd(qmp: &Qmp, file: &File, names: &Names) -> Result<i64> {
+    let added = qmp
+        .execute_with_fd("add-fd", json!({"opaque": names.job()}), file.as_fd())
+        .await?;
+    let added: AddedFd = serde_json::from_value(added).map_err(|error| {
+        Error::new(Kind::MonitorProtocol, "reading add-fd's answer").because(error)
+    })?;
+    Ok(added.set)
+}
+
+fn unnamed_file(dir: &Path) -> Result<File> {
+    let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
+    match rustix::fs::open(dir, flags, Mode::RUSR | Mode::WUSR) {
+        Ok(fd) => Ok(File::from(fd)),
+        // File systems without unnamed files: a name for an instant does as well.
+        Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::ISDIR) => {
+            let (file, path) = named_file(dir, &Names::new(&crate::session::random_id(), 0))?;
+            std::fs::remove_file(path).map_err(|error| unavailable(dir, error))?;
+            Ok(file)
+        }
+        Err(error) => Err(unavailable(dir, std::io::Error::from(error))),
+    }
+}
+
+fn named_file(dir: &Path, names: &Names) -> Result<(File, PathBuf)> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let path = dir.join(format!("{}.scratch", names.job()));
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)
+        .map_err(|error| unavailable(dir, error))?;
+    Ok((file, path))
+}
+
+fn unavailable(dir: &Path, error: std::io::Error) -> Error {
+    Error::new(
+        Kind::ScratchUnavailable,
+        format!("making a scratch file in {}", dir.display()),
+    )
+    .because(error)
+}
