@@ -1,0 +1,112 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand, ValueEnum};
+use qemu_fleece_engine::session::Places;
+
+use crate::serve::Config;
+
+/// Consistent, incremental backups of QEMU virtual machines, for backup software.
+///
+/// Without a command it speaks the qemu-fleece protocol, version 1, on standard
+/// input and output; logs go to standard error.
+#[derive(Debug, Parser)]
+#[command(version, about)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+
+    /// Where scratch files lie that a host names no other place for
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "/var/tmp",
+        env = "QEMU_FLEECE_SCRATCH_DIR"
+    )]
+    scratch_dir: PathBuf,
+
+    /// Where private directories for sockets are made [default: $XDG_RUNTIME_DIR, else /tmp]
+    #[arg(long, value_name = "DIR", env = "QEMU_FLEECE_RUNTIME_DIR")]
+    runtime_dir: Option<PathBuf>,
+
+    /// The qemu-storage-daemon that writes restored images
+    #[arg(
+        long,
+        value_name = "PROGRAM",
+        default_value = "qemu-storage-daemon",
+        env = "QEMU_FLEECE_STORAGE_DAEMON"
+    )]
+    storage_daemon: PathBuf,
+
+    /// Least severity of log messages, or a filter in the form of RUST_LOG
+    #[arg(
+        long,
+        value_name = "FILTER",
+        default_value = "warn",
+        env = "QEMU_FLEECE_LOG"
+    )]
+    log: String,
+
+    /// Form of log messages
+    #[arg(long, value_name = "FORMAT", default_value = "text")]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+/// What it prints instead of serving a host.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Print the JSON Schema of all messages
+    Schema,
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man,
+}
+
+impl Cli {
+    /// Starts logging to standard error.
+    pub(crate) fn start_log(&self) {
+        let filter = tracing_subscriber::EnvFilter::try_new(&self.log)
+            .unwrap_or_else(|_odd| tracing_subscriber::EnvFilter::new("warn"));
+        let log = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr);
+        match self.log_format {
+            LogFormat::Text => log.init(),
+            LogFormat::Json => log.json().init(),
+        }
+    }
+
+    /// What the server needs to know.
+    pub(crate) fn config(&self) -> anyhow::Result<Config> {
+        let runtime_dir = self
+            .runtime_dir
+            .clone()
+            .or_else(|| {
+                std::env::var_os("XDG_RUNTIME_DIR")
+                    .map(PathBuf::from)
+                    .filter(|dir| dir.is_dir())
+            })
+            .unwrap_or_else(|| PathBuf::from("/tmp"));
+        let places = Places {
+            scratch_dir: self.scratch_dir.clone(),
+            runtime_dir,
+        };
+        Ok(Config {
+            places,
+            storage_daemon: self.storage_daemon.clone(),
+        })
+    }
+}

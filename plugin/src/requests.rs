@@ -1,0 +1,431 @@
+//! What each method does: `dispatch` starts it, `apply` takes over what it made.
+
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use qemu_fleece_engine::inspect;
+use qemu_fleece_engine::restore::{Restore, Target};
+use qemu_fleece_engine::session::{Places, Session, random_id};
+use qemu_fleece_protocol::backup::{
+    AbortParams, AbortResult, AckParams, AckResult, BeginParams, CommitParams, CommitResult,
+    ReadParams,
+};
+use qemu_fleece_protocol::envelope::Request;
+use qemu_fleece_protocol::error::StateLeft;
+use qemu_fleece_protocol::hello::{
+    CancelParams, CancelResult, Carrier, HelloParams, HelloResult, Implementation, Limits,
+    NoParams, PingResult,
+};
+use qemu_fleece_protocol::restore::{
+    RestoreBeginParams, RestoreBeginResult, RestoreParams, RestoreWriteParams,
+};
+use qemu_fleece_protocol::vm::{InspectParams, InspectResult};
+use qemu_fleece_protocol::{
+    Code, Id, MAX_LINE_BYTES, MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, MAX_REQUESTS, Record, VERSION,
+    WireError,
+};
+use serde::Serialize;
+use serde_json::Value;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::backups::Ended;
+use crate::monitors::Monitor;
+use crate::restores::{self, Answer, Order};
+use crate::serve::{Done, Server};
+use crate::stream::{self, Stream};
+use crate::{events, wire};
+
+/// What a request comes to.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// Only an answer.
+    Reply(Result<Value, WireError>),
+    /// An open backup.
+    Began(Box<Session>, Arc<Monitor>),
+    /// A backup that was to be committed has ended.
+    Committed(String, Result<CommitResult, WireError>),
+    /// A backup has ended.
+    Aborted(String, AbortResult),
+    /// An open restore.
+    Restoring(String, mpsc::Sender<Order>),
+    /// A restore has ended.
+    Restored(String, Result<Value, WireError>),
+}
+
+type Started = Result<Option<Outcome>, WireError>;
+
+/// Starts a request: an outcome at once, or `None` when a task brings it.
+pub(crate) fn dispatch(
+    server: &mut Server,
+    request: &Request,
+    payload: Option<Vec<u8>>,
+) -> Started {
+    if server.carrier.is_none() != (request.method == "hello") {
+        let why = "the first request is hello, and only the first";
+        return Err(WireError::new(Code::HelloExpected, why));
+    }
+    if payload.is_some() && request.method != "restore.write" {
+        let why = format!("{} takes no payload", request.method);
+        return Err(WireError::new(Code::InvalidPayload, why));
+    }
+    match request.method.as_str() {
+        "hello" => hello(server, request.params()?),
+        "ping" => {
+            let NoParams {} = request.params()?;
+            now(PingResult {})
+        }
+        "cancel" => cancel(server, &request.params()?),
+        "shutdown" => {
+            let NoParams {} = request.params()?;
+            server.shut_down(request.id.clone());
+            Ok(None)
+        }
+        "vm.inspect" => Ok(inspect_vm(server, &request.id, request.params()?)),
+        "backup.begin" => backup_begin(server, &request.id, request.params()?),
+        "backup.read" => backup_read(server, &request.id, request.params()?),
+        "backup.ack" => backup_ack(server, &request.id, request.params()?),
+        "backup.commit" => backup_commit(server, &request.id, request.params()?),
+        "backup.abort" => backup_abort(server, &request.id, request.params()?),
+        "restore.begin" => Ok(restore_begin(server, &request.id, request.params()?)),
+        "restore.write" => restore_write(server, &request.id, request.params()?, payload),
+        "restore.finish" => restore_order(server, &request.id, request.params()?, Order::Finish),
+        "restore.abort" => restore_order(server, &request.id, request.params()?, Order::Abort),
+        method => Err(WireError::new(
+            Code::MethodNotFound,
+            format!("there is no method {method:?}"),
+        )),
+    }
+}
+
+/// Takes over what a request has made; returns its answer.
+pub(crate) fn apply(server: &mut Server, outcome: Outcome) -> Result<Value, WireError> {
+    match outcome {
+        Outcome::Reply(reply) => reply,
+        Outcome::Began(session, monitor) => {
+            let result = wire::to_began(&session);
+            events::spawn(
+                session.id.clone(),
+                session.events(),
+                session.over(),
+                server.outlet.clone(),
+            );
+            server.backups.add(*session, monitor);
+            to_value(result)
+        }
+        Outcome::Committed(id, result) => {
+            let ended = result.clone().map_or(Ended::Failed, Ended::Committed);
+            server.backups.end(id, ended);
+            result.and_then(to_value)
+        }
+        Outcome::Aborted(id, result) => {
+            server.backups.end(id, Ended::Aborted(result.clone()));
+            to_value(result)
+        }
+        Outcome::Restoring(restore, orders) => {
+            server.restores.insert(restore.clone(), orders);
+            to_value(RestoreBeginResult { restore })
+        }
+        Outcome::Restored(restore, reply) => {
+            server.restores.remove(&restore);
+            reply
+        }
+    }
+}
+
+pub(crate) fn to_value<T: Serialize>(result: T) -> Result<Value, WireError> {
+    serde_json::to_value(result).map_err(|error| WireError::new(Code::Internal, error.to_string()))
+}
+
+fn now<T: Serialize>(result: T) -> Started {
+    Ok(Some(Outcome::Reply(to_value(result))))
+}
+
+fn spawn(
+    server: &mut Server,
+    id: &Id,
+    work: impl Future<Output = Outcome> + Send + 'static,
+) -> Option<Outcome> {
+    let id = id.clone();
+    server.tasks.spawn(async move {
+        Done {
+            id,
+            outcome: work.await,
+        }
+    });
+    None
+}
+
+fn hello(server: &mut Server, params: HelloParams) -> Started {
+    if !params.protocols.contains(&VERSION) {
+        let why = format!("protocol {VERSION} is the only one here");
+        let mut error = WireError::new(Code::VersionUnsupported, why);
+        error.data.supported = vec![VERSION];
+        return Err(error);
+    }
+    tracing::info!(host = params.host.name, version = params.host.version, carrier = ?params.carrier, "hello");
+    server.carrier = Some(params.carrier);
+    now(HelloResult {
+        protocol: VERSION,
+        plugin: Implementation {
+            name: "qemu-fleece".into(),
+            version: env!("CARGO_PKG_VERSION").into(),
+        },
+        carrier: params.carrier,
+        carriers: vec![Carrier::Inline, Carrier::Framed],
+        features: Vec::new(),
+        limits: Limits {
+            max_line_bytes: MAX_LINE_BYTES as u64,
+            max_payload_bytes: MAX_PAYLOAD_BYTES,
+            max_requests: MAX_REQUESTS as u64,
+            max_name_bytes: MAX_NAME_BYTES as u64,
+        },
+    })
+}
+
+fn cancel(server: &Server, params: &CancelParams) -> Started {
+    let found = server.open.get(&params.id);
+    if let Some(token) = found {
+        token.cancel();
+    }
+    now(CancelResult {
+        found: found.is_some(),
+    })
+}
+
+fn inspect_vm(server: &mut Server, id: &Id, params: InspectParams) -> Option<Outcome> {
+    let monitors = server.monitors.clone();
+    spawn(server, id, async move {
+        let inspected = async {
+            let monitor = monitors.get(&params.monitor).await?;
+            inspect::inspect(&monitor.qmp).await
+        };
+        Outcome::Reply(match inspected.await {
+            Err(error) => Err(wire::unchanged(&error)),
+            Ok(vm) => to_value(InspectResult {
+                qemu_version: vm.version,
+                name: vm.name,
+                uuid: vm.uuid,
+                status: vm.status,
+                disks: vm.disks.iter().map(wire::to_disk).collect(),
+                our_objects: vm.our_objects,
+            }),
+        })
+    })
+}
+
+fn backup_begin(server: &mut Server, id: &Id, params: BeginParams) -> Started {
+    let wish = wire::from_begin(&params)?;
+    let mut places = server.config.places.clone();
+    if let Some(dir) = &params.scratch_dir {
+        places = Places {
+            scratch_dir: PathBuf::from(dir),
+            ..places
+        };
+    }
+    let (monitors, cancel) = (server.monitors.clone(), server.token(id));
+    Ok(spawn(server, id, async move {
+        let began = async {
+            let monitor = monitors.get(&params.monitor).await?;
+            let session = Session::begin(&monitor.qmp, &wish, &places, &cancel).await?;
+            Ok((session, monitor))
+        };
+        match began.await {
+            Ok((session, monitor)) => Outcome::Began(Box::new(session), monitor),
+            Err(error) => Outcome::Reply(Err(wire::unchanged(&error))),
+        }
+    }))
+}
+
+fn backup_read(server: &mut Server, id: &Id, params: ReadParams) -> Started {
+    let cut = stream::check(&params)?;
+    let backup = server.backups.get(&params.backup)?;
+    let view = backup
+        .session
+        .view(&params.disk)
+        .map_err(|error| wire::unchanged(&error))?;
+    let Some(disk) = backup.streams.get(&params.disk) else {
+        return Err(WireError::new(
+            Code::UnknownDisk,
+            format!("the backup has no disk {}", params.disk),
+        ));
+    };
+    let cancel = server.token(id);
+    let over = backup.session.over();
+    let stream = Stream {
+        id: id.clone(),
+        begin: disk.begin.clone(),
+        view,
+        marks: Arc::clone(&disk.marks),
+        carrier: server.carrier.unwrap_or_default(),
+        outlet: server.outlet.clone(),
+        cancel: cancel.clone(),
+    };
+    let id = id.clone();
+    server.streams.spawn(async move {
+        // The end of the backup ends its streams.
+        let _link = tokio::spawn({
+            let cancel = cancel.clone();
+            async move {
+                tokio::select! {
+                    () = over.cancelled() => cancel.cancel(),
+                    () = cancel.cancelled() => {}
+                }
+            }
+        });
+        let reply = stream::run(stream, params, cut).await.and_then(to_value);
+        cancel.cancel();
+        Done {
+            id,
+            outcome: Outcome::Reply(reply),
+        }
+    });
+    Ok(None)
+}
+
+fn backup_ack(server: &mut Server, id: &Id, params: AckParams) -> Started {
+    let backup = server.backups.get(&params.backup)?;
+    let view = backup
+        .session
+        .view(&params.disk)
+        .map_err(|error| wire::unchanged(&error))?;
+    let Some(disk) = backup.streams.get(&params.disk) else {
+        return Err(WireError::new(
+            Code::UnknownDisk,
+            format!("the backup has no disk {}", params.disk),
+        ));
+    };
+    let resume = disk
+        .marks
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
+        .acknowledge(params.offset);
+    Ok(spawn(server, id, async move {
+        view.release(resume).await;
+        Outcome::Reply(to_value(AckResult { resume }))
+    }))
+}
+
+fn backup_commit(server: &mut Server, id: &Id, params: CommitParams) -> Started {
+    let delete = params
+        .delete_checkpoints
+        .iter()
+        .map(|name| wire::from_name(name))
+        .collect::<Result<Vec<_>, _>>()?;
+    if let Some(Ended::Committed(result)) = server.backups.how_ended(&params.backup) {
+        return now(result.clone());
+    }
+    let backup = server.backups.get(&params.backup)?;
+    let checked = backup.session.check_commit(params.disks.as_deref());
+    checked.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen))?;
+    let backup = server.backups.take(&params.backup)?;
+    Ok(spawn(server, id, async move {
+        let committed = backup
+            .session
+            .commit(params.disks.as_deref(), &delete)
+            .await;
+        let result = committed
+            .map(wire::to_committed)
+            .map_err(|error| wire::to_error(&error, StateLeft::Aborted));
+        Outcome::Committed(params.backup, result)
+    }))
+}
+
+fn backup_abort(server: &mut Server, id: &Id, params: AbortParams) -> Started {
+    if let Some(Ended::Aborted(result)) = server.backups.how_ended(&params.backup) {
+        return now(result.clone());
+    }
+    let backup = server.backups.take(&params.backup)?;
+    Ok(spawn(server, id, async move {
+        let leftovers = backup.session.abort().await;
+        Outcome::Aborted(params.backup, AbortResult { leftovers })
+    }))
+}
+
+fn restore_begin(server: &mut Server, id: &Id, params: RestoreBeginParams) -> Option<Outcome> {
+    let config = server.config.clone();
+    let target = Target {
+        path: PathBuf::from(&params.target),
+        format: wire::from_format(params.format),
+        size: params.size,
+    };
+    spawn(server, id, async move {
+        match Restore::begin(target, &config.storage_daemon, &config.places.runtime_dir).await {
+            Ok(restore) => Outcome::Restoring(random_id(), restores::spawn(restore, params.target)),
+            Err(error) => Outcome::Reply(Err(wire::unchanged(&error))),
+        }
+    })
+}
+
+fn restore_write(
+    server: &mut Server,
+    id: &Id,
+    params: RestoreWriteParams,
+    payload: Option<Vec<u8>>,
+) -> Started {
+    let bytes =
+        match (server.carrier, payload, &params.data) {
+            (Some(Carrier::Framed), payload, None) => payload,
+            (Some(Carrier::Inline), None, Some(text)) => {
+                let decoded = base64_simd::STANDARD.decode_to_vec(text);
+                Some(decoded.map_err(|_error| {
+                    WireError::new(Code::InvalidPayload, "`data` is not base64")
+                })?)
+            }
+            (_, None, None) => None,
+            _ => {
+                return Err(WireError::new(
+                    Code::InvalidPayload,
+                    "the bytes do not travel as the hello agreed",
+                ));
+            }
+        };
+    let expected = match &params.record {
+        Record::Data { length, .. } => *length,
+        _ => 0,
+    };
+    let found = bytes.as_ref().map_or(0, Vec::len) as u64;
+    if found != expected || found > MAX_PAYLOAD_BYTES {
+        let why = format!(
+            "the record has {expected} bytes, at most {MAX_PAYLOAD_BYTES}, and {found} came with it"
+        );
+        return Err(WireError::new(Code::InvalidPayload, why));
+    }
+    let (record, restore) = (
+        params.record,
+        RestoreParams {
+            restore: params.restore,
+        },
+    );
+    restore_order(server, id, restore, |answer| {
+        Order::Write(record, bytes, answer)
+    })
+}
+
+fn restore_order(
+    server: &mut Server,
+    id: &Id,
+    params: RestoreParams,
+    order: impl FnOnce(Answer) -> Order,
+) -> Started {
+    let unknown = || {
+        WireError::new(
+            Code::UnknownRestore,
+            "there is no such restore, or it has ended",
+        )
+    };
+    let orders = server.restores.get(&params.restore).ok_or_else(unknown)?;
+    let (answer, answered) = oneshot::channel();
+    let order = order(answer);
+    let last = !matches!(order, Order::Write(..));
+    orders.try_send(order).map_err(|_closed| unknown())?;
+    Ok(spawn(server, id, async move {
+        let reply = answered.await.unwrap_or_else(|_dropped| Err(unknown()));
+        // Whatever error ended it: the task is gone.
+        if last || reply.is_err() {
+            Outcome::Restored(params.restore, reply)
+        } else {
+            Outcome::Reply(reply)
+        }
+    }))
+}

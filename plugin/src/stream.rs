@@ -1,0 +1,232 @@
+//! One `backup.read`: an engine's chunks become records on standard output.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use qemu_fleece_engine::extent::{Content, length};
+use qemu_fleece_engine::pull::{Chunk, Pull, READ_MAX};
+use qemu_fleece_engine::view::View;
+use qemu_fleece_protocol::backup::{ReadParams, ReadResult, Release};
+use qemu_fleece_protocol::envelope::notification_line;
+use qemu_fleece_protocol::error::StateLeft;
+use qemu_fleece_protocol::event::{ProgressParams, RecordParams};
+use qemu_fleece_protocol::hello::Carrier;
+use qemu_fleece_protocol::record::Begin;
+use qemu_fleece_protocol::stream::Writer;
+use qemu_fleece_protocol::{Code, Id, MAX_PAYLOAD_BYTES, Record, WireError};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::marks::Marks;
+use crate::wire;
+use crate::writer::{Frame, Outlet};
+
+/// Least `record_max`: the grain of everything else.
+const RECORD_MIN: u64 = 64 * 1024;
+
+/// Least time between two progress notifications of a stream.
+const PROGRESS_EVERY: Duration = Duration::from_millis(250);
+
+/// Most time between two.
+const HEARTBEAT: Duration = Duration::from_secs(10);
+
+/// What a stream needs to know.
+pub(crate) struct Stream {
+    pub(crate) id: Id,
+    pub(crate) begin: Begin,
+    pub(crate) view: Arc<View>,
+    pub(crate) marks: Arc<Mutex<Marks>>,
+    pub(crate) carrier: Carrier,
+    pub(crate) outlet: Outlet,
+    pub(crate) cancel: CancellationToken,
+}
+
+/// A stream that has started.
+struct Running {
+    stream: Stream,
+    writer: Writer,
+    read_bytes: u64,
+    scratch_peak: u64,
+    told: Instant,
+}
+
+/// Checks what can be checked before anything starts.
+pub(crate) fn check(params: &ReadParams) -> Result<u64, WireError> {
+    let cut = params.record_max.unwrap_or(MAX_PAYLOAD_BYTES);
+    if !cut.is_power_of_two() || !(RECORD_MIN..=MAX_PAYLOAD_BYTES.min(READ_MAX)).contains(&cut) {
+        let why = format!("record_max is a power of two from {RECORD_MIN} to {MAX_PAYLOAD_BYTES}");
+        return Err(WireError::new(Code::InvalidParams, why));
+    }
+    Ok(cut)
+}
+
+/// Streams the disk, from `begin` to `end` or `failed`.
+pub(crate) async fn run(
+    mut stream: Stream,
+    params: ReadParams,
+    cut: u64,
+) -> Result<ReadResult, WireError> {
+    let started = Instant::now();
+    let on_read = params.release == Release::OnRead;
+    let pull = Pull::open(
+        Arc::clone(&stream.view),
+        params.offset,
+        on_read,
+        stream.cancel.clone(),
+    )
+    .await;
+    let mut pull = match pull {
+        Ok(pull) => pull.cut_at(cut),
+        Err(error) => return Err(wire::to_error(&error, StateLeft::BackupOpen)),
+    };
+    let writer = stream
+        .marks
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .resume();
+    stream.begin.offset = params.offset;
+    let mut running = Running {
+        stream,
+        writer,
+        read_bytes: 0,
+        scratch_peak: 0,
+        told: started,
+    };
+    let streamed = running.stream(&mut pull).await;
+    // The disk is free for another request before this one is answered.
+    drop(pull);
+    match streamed {
+        Ok(digest) => Ok(ReadResult {
+            digest,
+            read_bytes: running.read_bytes,
+            scratch_peak: running.scratch_peak,
+            duration_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+        }),
+        Err(error) => {
+            let (code, action) = (error.data.code, error.data.action);
+            let failed = Record::Failed {
+                code,
+                action,
+                offset: running.writer.offset(),
+            };
+            // A closed outlet has nobody to tell.
+            let _closed = running.send(failed, None).await;
+            Err(error)
+        }
+    }
+}
+
+impl Running {
+    async fn stream(&mut self, pull: &mut Pull) -> Result<String, WireError> {
+        self.send_or_cancel(Record::Begin(self.stream.begin.clone()), None)
+            .await?;
+        while let Some(chunk) = self.next(pull).await? {
+            let record = match (&chunk.extent.content, &chunk.bytes) {
+                (Content::Data, Some(bytes)) => self.writer.data(bytes),
+                (Content::Zero { hole }, _) => self.writer.zero(length(&chunk.extent.range), *hole),
+                (Content::Same, _) => self.writer.same(length(&chunk.extent.range)),
+                (Content::Data, None) => {
+                    return Err(WireError::new(Code::Internal, "data without bytes"));
+                }
+            };
+            self.send_or_cancel(record, Some(chunk)).await?;
+            self.stream
+                .marks
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .pass(&self.writer);
+            self.read_bytes = pull.read_bytes();
+            if self.told.elapsed() >= PROGRESS_EVERY {
+                self.progress().await?;
+            }
+        }
+        self.progress().await?;
+        let end = self.writer.end();
+        let digest = end.digest.clone();
+        self.send_or_cancel(Record::End(end), None).await?;
+        Ok(digest)
+    }
+
+    /// The next chunk, with a heartbeat as long as there is none.
+    async fn next(&mut self, pull: &mut Pull) -> Result<Option<Chunk>, WireError> {
+        let next = pull.next();
+        tokio::pin!(next);
+        loop {
+            let silence = self.told + HEARTBEAT;
+            tokio::select! {
+                biased;
+                found = &mut next => return found.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen)),
+                () = tokio::time::sleep_until(silence) => self.progress().await?,
+            }
+        }
+    }
+
+    async fn progress(&mut self) -> Result<(), WireError> {
+        let scratch_bytes = self.stream.view.scratch_bytes();
+        self.scratch_peak = self.scratch_peak.max(scratch_bytes);
+        self.told = Instant::now();
+        let params = ProgressParams {
+            stream: self.stream.id.clone(),
+            disk: self.stream.begin.disk.clone(),
+            done: self.writer.offset(),
+            total: self.stream.begin.size,
+            data_bytes: self.writer.data_bytes(),
+            scratch_bytes,
+        };
+        let line = notification_line("progress", params, None).map_err(|error| internal(&error))?;
+        self.put(line.into()).await
+    }
+
+    async fn send_or_cancel(&self, record: Record, chunk: Option<Chunk>) -> Result<(), WireError> {
+        self.put(self.frame(record, chunk)?).await
+    }
+
+    /// Hands a frame to standard output, unless the request is cancelled first.
+    async fn put(&self, frame: Frame) -> Result<(), WireError> {
+        tokio::select! {
+            biased;
+            () = self.stream.cancel.cancelled() => {
+                Err(WireError::new(Code::Cancelled, "the request was cancelled").left(StateLeft::BackupOpen))
+            }
+            sent = self.stream.outlet.send(frame) => sent.map_err(|_closed| {
+                WireError::new(Code::Cancelled, "standard output is closed").left(StateLeft::BackupOpen)
+            }),
+        }
+    }
+
+    async fn send(&self, record: Record, chunk: Option<Chunk>) -> Result<(), WireError> {
+        let frame = self.frame(record, chunk)?;
+        self.stream
+            .outlet
+            .send(frame)
+            .await
+            .map_err(|_closed| WireError::new(Code::Cancelled, "standard output is closed"))
+    }
+
+    fn frame(&self, record: Record, chunk: Option<Chunk>) -> Result<Frame, WireError> {
+        let payload = chunk.and_then(|chunk| chunk.bytes);
+        let mut params = RecordParams {
+            stream: self.stream.id.clone(),
+            record,
+            data: None,
+        };
+        let (payload, payload_bytes) = match (payload, self.stream.carrier) {
+            (Some(bytes), Carrier::Inline) => {
+                params.data = Some(base64_simd::STANDARD.encode_to_string(&*bytes));
+                (None, None)
+            }
+            (Some(bytes), Carrier::Framed) => {
+                let length = bytes.len() as u64;
+                (Some(bytes), Some(length))
+            }
+            (None, _) => (None, None),
+        };
+        let line =
+            notification_line("record", params, payload_bytes).map_err(|error| internal(&error))?;
+        Ok(Frame { line, payload })
+    }
+}
+
+fn internal(error: &serde_json::Error) -> WireError {
+    WireError::new(Code::Internal, format!("writing JSON: {error}")).left(StateLeft::BackupOpen)
+}

@@ -1,0 +1,212 @@
+//! Between the wire's words and the engine's: the only place that knows both.
+
+use qemu_fleece_engine as engine;
+use qemu_fleece_engine::checkpoint::{FullReason as EngineReason, Name};
+use qemu_fleece_engine::plan::{self, Wish};
+use qemu_fleece_engine::qemu::discover::Disk;
+use qemu_fleece_engine::restore as engine_restore;
+use qemu_fleece_engine::session::{Committed, Session, SessionDisk};
+use qemu_fleece_engine::{Error, Kind};
+use qemu_fleece_protocol::backup::{
+    BackupDisk, BeginParams, BeginResult, CommitResult, FullReason, Mode,
+};
+use qemu_fleece_protocol::error::StateLeft;
+use qemu_fleece_protocol::record::Begin;
+use qemu_fleece_protocol::restore::Format;
+use qemu_fleece_protocol::vm::{CheckpointInfo, DiskInfo, Tracking};
+use qemu_fleece_protocol::{Code, WireError};
+
+/// The code of each kind.
+fn code(kind: Kind) -> Code {
+    match kind {
+        Kind::InvalidRequest => Code::InvalidParams,
+        Kind::MonitorUnreachable => Code::MonitorUnreachable,
+        Kind::MonitorBusy => Code::MonitorBusy,
+        Kind::MonitorClosed => Code::MonitorClosed,
+        Kind::MonitorProtocol => Code::MonitorProtocol,
+        Kind::QemuTimeout => Code::QemuTimeout,
+        Kind::QemuRefused => Code::QemuRefused,
+        Kind::QemuUnsupported => Code::QemuUnsupported,
+        Kind::NbdServerBusy => Code::NbdServerBusy,
+        Kind::NbdUnreachable => Code::NbdUnreachable,
+        Kind::NbdProtocol => Code::NbdProtocol,
+        Kind::NbdClosed => Code::NbdClosed,
+        Kind::NbdRefused => Code::NbdRefused,
+        Kind::NbdTimeout => Code::NbdTimeout,
+        Kind::UnknownDisk => Code::UnknownDisk,
+        Kind::DiskExcluded => Code::DiskExcluded,
+        Kind::CheckpointExists => Code::CheckpointExists,
+        Kind::UnknownCheckpoint => Code::UnknownCheckpoint,
+        Kind::BaseUnusable(_) => Code::BaseUnusable,
+        Kind::ScratchUnavailable => Code::ScratchUnavailable,
+        Kind::PointInTimeLost => Code::PointInTimeLost,
+        Kind::OffsetReleased => Code::OffsetReleased,
+        Kind::StreamActive => Code::StreamActive,
+        Kind::Incomplete => Code::Incomplete,
+        Kind::TargetExists => Code::TargetExists,
+        Kind::TargetUnwritable => Code::TargetUnwritable,
+        Kind::StorageDaemonFailed => Code::StorageDaemonFailed,
+        Kind::StreamDamaged => Code::StreamDamaged,
+        Kind::Cancelled => Code::Cancelled,
+        Kind::Internal => Code::Internal,
+    }
+}
+
+/// An engine's error, which has left `state`.
+pub(crate) fn to_error(error: &Error, state: StateLeft) -> WireError {
+    let mut wire = WireError::new(code(error.kind()), error.chain()).left(state);
+    wire.data.disk = error.disk().map(str::to_owned);
+    wire.data.offset = error.offset();
+    wire.data.leftovers = error.leftovers().to_vec();
+    if let Kind::BaseUnusable(reason) = error.kind() {
+        wire.data.reason = Some(to_reason(reason));
+    }
+    wire
+}
+
+/// An engine's error that has changed nothing.
+pub(crate) fn unchanged(error: &Error) -> WireError {
+    to_error(error, StateLeft::Unchanged)
+}
+
+fn to_reason(reason: EngineReason) -> FullReason {
+    match reason {
+        EngineReason::BaseMissing => FullReason::BaseMissing,
+        EngineReason::BaseInconsistent => FullReason::BaseInconsistent,
+        EngineReason::BaseNotRecording => FullReason::BaseNotRecording,
+        EngineReason::BaseBusy => FullReason::BaseBusy,
+        EngineReason::SizeChanged => FullReason::SizeChanged,
+    }
+}
+
+pub(crate) fn from_name(text: &str) -> Result<Name, WireError> {
+    Name::parse(text).map_err(|error| unchanged(&error))
+}
+
+pub(crate) fn from_begin(params: &BeginParams) -> Result<Wish, WireError> {
+    let name = |text: &Option<String>| text.as_deref().map(from_name).transpose();
+    let disk = |choice: &qemu_fleece_protocol::backup::DiskChoice| {
+        let base = choice.base.as_ref().map(name).transpose()?;
+        Ok((choice.disk.clone(), base))
+    };
+    let disks = params
+        .disks
+        .as_ref()
+        .map(|disks| disks.iter().map(disk).collect::<Result<Vec<_>, _>>());
+    Ok(Wish {
+        disks: disks.transpose()?,
+        base: name(&params.base)?,
+        checkpoint: name(&params.checkpoint)?,
+        strict: params.strict,
+    })
+}
+
+fn to_tracking(disk: &Disk) -> Tracking {
+    if disk.persistent_bitmaps {
+        Tracking::Persistent
+    } else {
+        Tracking::Transient
+    }
+}
+
+pub(crate) fn to_began(session: &Session) -> BeginResult {
+    BeginResult {
+        backup: session.id.clone(),
+        time_ms: session.time_ms,
+        disks: session.disks().iter().map(to_backup_disk).collect(),
+    }
+}
+
+fn to_mode(incremental: bool) -> Mode {
+    if incremental {
+        Mode::Incremental
+    } else {
+        Mode::Full
+    }
+}
+
+fn to_backup_disk(disk: &SessionDisk) -> BackupDisk {
+    let plan = &disk.plan;
+    BackupDisk {
+        disk: plan.disk.id.clone(),
+        size: plan.disk.size,
+        planned: to_mode(plan.wanted.is_some()),
+        mode: to_mode(plan.base.is_some()),
+        reason: plan.reason.map(to_reason),
+        base: plan.base.as_ref().map(|base| base.name.to_string()),
+        checkpoint: plan
+            .checkpoint
+            .as_ref()
+            .map(|checkpoint| checkpoint.name.to_string()),
+        tracking: to_tracking(&plan.disk),
+        granularity: plan.granularity(),
+        changed_bytes: disk.changed_bytes,
+    }
+}
+
+/// The begin record of a disk's stream from offset 0.
+pub(crate) fn to_stream_begin(disk: &SessionDisk) -> Begin {
+    let BackupDisk {
+        disk,
+        size,
+        mode,
+        reason,
+        base,
+        checkpoint,
+        granularity,
+        ..
+    } = to_backup_disk(disk);
+    Begin {
+        format: 1,
+        disk,
+        size,
+        mode,
+        reason,
+        base,
+        checkpoint,
+        granularity,
+        offset: 0,
+    }
+}
+
+pub(crate) fn to_committed(committed: Committed) -> CommitResult {
+    CommitResult {
+        committed: committed.disks,
+        deleted: committed.deleted,
+        leftovers: committed.leftovers,
+    }
+}
+
+pub(crate) fn to_disk(disk: &Disk) -> DiskInfo {
+    let checkpoints = plan::checkpoints(disk).map(|(checkpoint, bitmap)| CheckpointInfo {
+        checkpoint: checkpoint.name.to_string(),
+        time_ms: checkpoint.time_ms,
+        changed_bytes: bitmap.count,
+        granularity: bitmap.granularity,
+        unusable: plan::unusable(disk, &checkpoint, bitmap).map(to_reason),
+    });
+    let ours = |name: &str| {
+        name.starts_with(engine::checkpoint::PREFIX) || name.starts_with(engine::qemu::step::PREFIX)
+    };
+    let foreign = disk.bitmaps.iter().filter(|bitmap| !ours(&bitmap.name));
+    DiskInfo {
+        disk: disk.id.clone(),
+        node: disk.node.clone(),
+        format: disk.format.clone(),
+        file: disk.file.clone(),
+        size: disk.size,
+        qdev: disk.qdev.clone(),
+        iothread: disk.iothread.clone(),
+        tracking: to_tracking(disk),
+        excluded: disk.excluded.map(|reason| reason.name().to_owned()),
+        checkpoints: checkpoints.collect(),
+        foreign_bitmaps: foreign.map(|bitmap| bitmap.name.clone()).collect(),
+    }
+}
+
+pub(crate) fn from_format(format: Format) -> engine_restore::Format {
+    match format {
+        Format::Raw => engine_restore::Format::Raw,
+        Format::Qcow2 => engine_restore::Format::Qcow2,
+    }
+}
