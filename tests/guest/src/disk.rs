@@ -144,7 +144,7 @@ fn each_step(
     length: u64,
     mut step: impl FnMut(u64, &mut [u8]) -> io::Result<()>,
 ) -> io::Result<()> {
-    if offset % 8 != 0 || length % 8 != 0 {
+    if !offset.is_multiple_of(8) || !length.is_multiple_of(8) {
         return Err(io::Error::other("offset and length must be multiples of 8"));
     }
     if is_device(file)? && offset + length > size(file)? {
