@@ -26,7 +26,7 @@ use qemu_fleece_protocol::{
     WireError,
 };
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::value::{RawValue, to_raw_value};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::backups::Ended;
@@ -40,7 +40,7 @@ use crate::{events, wire};
 #[derive(Debug)]
 pub(crate) enum Outcome {
     /// Only an answer.
-    Reply(Result<Value, WireError>),
+    Reply(Result<Box<RawValue>, WireError>),
     /// An open backup.
     Began(Box<Session>, Arc<Monitor>),
     /// A backup that was to be committed has ended.
@@ -50,7 +50,7 @@ pub(crate) enum Outcome {
     /// An open restore.
     Restoring(String, mpsc::Sender<Order>),
     /// A restore has ended.
-    Restored(String, Result<Value, WireError>),
+    Restored(String, Result<Box<RawValue>, WireError>),
 }
 
 type Started = Result<Option<Outcome>, WireError>;
@@ -99,7 +99,7 @@ pub(crate) fn dispatch(
 }
 
 /// Takes over what a request has made; returns its answer.
-pub(crate) fn apply(server: &mut Server, outcome: Outcome) -> Result<Value, WireError> {
+pub(crate) fn apply(server: &mut Server, outcome: Outcome) -> Result<Box<RawValue>, WireError> {
     match outcome {
         Outcome::Reply(reply) => reply,
         Outcome::Began(session, monitor) => {
@@ -111,20 +111,20 @@ pub(crate) fn apply(server: &mut Server, outcome: Outcome) -> Result<Value, Wire
                 server.outlet.clone(),
             );
             server.backups.add(*session, monitor);
-            to_value(result)
+            to_raw(result)
         }
         Outcome::Committed(id, result) => {
             let ended = result.clone().map_or(Ended::Failed, Ended::Committed);
             server.backups.end(id, ended);
-            result.and_then(to_value)
+            result.and_then(to_raw)
         }
         Outcome::Aborted(id, result) => {
             server.backups.end(id, Ended::Aborted(result.clone()));
-            to_value(result)
+            to_raw(result)
         }
         Outcome::Restoring(restore, orders) => {
             server.restores.insert(restore.clone(), orders);
-            to_value(RestoreBeginResult { restore })
+            to_raw(RestoreBeginResult { restore })
         }
         Outcome::Restored(restore, reply) => {
             server.restores.remove(&restore);
@@ -133,12 +133,12 @@ pub(crate) fn apply(server: &mut Server, outcome: Outcome) -> Result<Value, Wire
     }
 }
 
-pub(crate) fn to_value<T: Serialize>(result: T) -> Result<Value, WireError> {
-    serde_json::to_value(result).map_err(|error| WireError::new(Code::Internal, error.to_string()))
+pub(crate) fn to_raw<T: Serialize>(result: T) -> Result<Box<RawValue>, WireError> {
+    to_raw_value(&result).map_err(|error| WireError::new(Code::Internal, error.to_string()))
 }
 
 fn now<T: Serialize>(result: T) -> Started {
-    Ok(Some(Outcome::Reply(to_value(result))))
+    Ok(Some(Outcome::Reply(to_raw(result))))
 }
 
 fn spawn(
@@ -202,7 +202,7 @@ fn inspect_vm(server: &mut Server, id: &Id, params: InspectParams) -> Option<Out
         };
         Outcome::Reply(match inspected.await {
             Err(error) => Err(wire::unchanged(&error)),
-            Ok(vm) => to_value(InspectResult {
+            Ok(vm) => to_raw(InspectResult {
                 qemu_version: vm.version,
                 name: vm.name,
                 uuid: vm.uuid,
@@ -232,7 +232,7 @@ fn backup_begin(server: &mut Server, id: &Id, params: BeginParams) -> Started {
         };
         match began.await {
             Ok((session, monitor)) => Outcome::Began(Box::new(session), monitor),
-            Err(error) => Outcome::Reply(Err(wire::unchanged(&error))),
+            Err(error) => Outcome::Reply(Err(wire::with_unknown(&error, StateLeft::Unchanged))),
         }
     }))
 }
@@ -273,7 +273,7 @@ fn backup_read(server: &mut Server, id: &Id, params: ReadParams) -> Started {
                 }
             }
         });
-        let reply = stream::run(stream, params, cut).await.and_then(to_value);
+        let reply = stream::run(stream, params, cut).await.and_then(to_raw);
         cancel.cancel();
         Done {
             id,
@@ -302,7 +302,7 @@ fn backup_ack(server: &mut Server, id: &Id, params: AckParams) -> Started {
         .acknowledge(params.offset);
     Ok(spawn(server, id, async move {
         view.release(resume).await;
-        Outcome::Reply(to_value(AckResult { resume }))
+        Outcome::Reply(to_raw(AckResult { resume }))
     }))
 }
 
@@ -326,7 +326,7 @@ fn backup_commit(server: &mut Server, id: &Id, params: CommitParams) -> Started 
             .await;
         let result = committed
             .map(wire::to_committed)
-            .map_err(|error| wire::to_error(&error, StateLeft::Aborted));
+            .map_err(|error| wire::with_unknown(&error, StateLeft::Aborted));
         Outcome::Committed(params.backup, result)
     }))
 }

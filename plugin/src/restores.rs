@@ -9,14 +9,14 @@ use qemu_fleece_protocol::error::StateLeft;
 use qemu_fleece_protocol::restore::{RestoreFinishResult, RestoreWriteResult};
 use qemu_fleece_protocol::stream::{Chain, Damage};
 use qemu_fleece_protocol::{Code, MAX_REQUESTS, Record, WireError};
-use serde_json::Value;
+use serde_json::value::RawValue;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::requests::to_value;
+use crate::requests::to_raw;
 use crate::wire;
 
 /// The answer to one request of a restore.
-pub(crate) type Answer = oneshot::Sender<Result<Value, WireError>>;
+pub(crate) type Answer = oneshot::Sender<Result<Box<RawValue>, WireError>>;
 
 /// A request of a restore.
 #[derive(Debug)]
@@ -57,7 +57,7 @@ impl Task {
                             let result = RestoreWriteResult {
                                 offset: self.chain.offset(),
                             };
-                            let _gone = answer.send(to_value(result));
+                            let _gone = answer.send(to_raw(result));
                         }
                         Err(error) => return self.end(orders, answer, error).await,
                     }
@@ -66,7 +66,7 @@ impl Task {
                 Order::Abort(answer) => {
                     orders.close();
                     let leftovers = self.restore.abort().await;
-                    let _gone = answer.send(to_value(AbortResult { leftovers }));
+                    let _gone = answer.send(to_raw(AbortResult { leftovers }));
                     return;
                 }
             }
@@ -131,7 +131,7 @@ impl Task {
             .finish()
             .await
             .map_err(|error| wire::to_error(&error, StateLeft::Aborted));
-        let _gone = answer.send(finished.and_then(|()| to_value(result)));
+        let _gone = answer.send(finished.and_then(|()| to_raw(result)));
     }
 
     /// Ends as by abort; orders that wait find no restore.

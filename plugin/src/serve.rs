@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use qemu_fleece_engine::session::Places;
+use qemu_fleece_protocol::backup::AbortResult;
 use qemu_fleece_protocol::envelope::{Request, error_line, result_line};
 use qemu_fleece_protocol::hello::{Carrier, ShutdownResult};
 use qemu_fleece_protocol::{Code, Id, MAX_REQUESTS, WireError};
@@ -33,6 +34,10 @@ use crate::writer::{self, Frame, Outlet};
 
 /// Most replies that wait for standard output before no more lines are read.
 const MAX_REPLIES: usize = 2 * MAX_REQUESTS;
+
+/// Methods that are taken also when too many others are unanswered: a host must
+/// be able to cancel. They are answered at once.
+const EXEMPT: &[&str] = &["cancel", "ping", "shutdown"];
 
 /// How long the last replies get when the process ends.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
@@ -140,7 +145,7 @@ impl Server {
             );
             return self.reply_error(None, &error);
         }
-        if self.open.len() >= MAX_REQUESTS {
+        if self.open.len() >= MAX_REQUESTS && !EXEMPT.contains(&request.method.as_str()) {
             let error = WireError::new(
                 Code::TooManyRequests,
                 format!("{MAX_REQUESTS} requests are not answered yet"),
@@ -230,7 +235,7 @@ impl Server {
         if let Some(id) = self.shutdown.take() {
             self.settle(Done {
                 id,
-                outcome: Outcome::Reply(requests::to_value(result)),
+                outcome: Outcome::Reply(requests::to_raw(result)),
             });
         }
         let flush = async {
@@ -254,12 +259,8 @@ impl Server {
             if orders.send(Order::Abort(answer)).await.is_ok()
                 && let Ok(Ok(result)) = answered.await
             {
-                let lines = result["leftovers"].as_array().cloned().unwrap_or_default();
-                leftovers.extend(
-                    lines
-                        .iter()
-                        .filter_map(|line| line.as_str().map(str::to_owned)),
-                );
+                let ended = serde_json::from_str::<AbortResult>(result.get());
+                leftovers.extend(ended.map(|ended| ended.leftovers).unwrap_or_default());
                 aborted.push(id);
             }
         }

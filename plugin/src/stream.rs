@@ -103,7 +103,7 @@ pub(crate) async fn run(
             duration_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         }),
         Err(error) => {
-            let (code, action) = (error.data.code, error.data.action);
+            let (code, action) = (error.data.code.name().to_owned(), error.data.action);
             let failed = Record::Failed {
                 code,
                 action,

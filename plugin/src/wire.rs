@@ -64,6 +64,14 @@ pub(crate) fn to_error(error: &Error, state: StateLeft) -> WireError {
     wire
 }
 
+/// An engine's error that has left `state`, unless QEMU may have gone on behind it.
+pub(crate) fn with_unknown(error: &Error, state: StateLeft) -> WireError {
+    match error.kind() {
+        Kind::MonitorClosed | Kind::QemuTimeout => to_error(error, StateLeft::Unknown),
+        _ => to_error(error, state),
+    }
+}
+
 /// An engine's error that has changed nothing.
 pub(crate) fn unchanged(error: &Error) -> WireError {
     to_error(error, StateLeft::Unchanged)

@@ -88,6 +88,9 @@ pub enum FullReason {
     BaseBusy,
     /// The disk had another size when it was made.
     SizeChanged,
+    /// A reason that this version does not know: it stands in a stream of a later one.
+    #[serde(other)]
+    Other,
 }
 
 /// Result of `backup.begin`.
@@ -202,7 +205,8 @@ pub struct CommitParams {
     /// The disks that the host has stored; absent: all. The others end as by abort.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disks: Option<Vec<String>>,
-    /// Old checkpoints to delete on the committed disks, once the new one is there.
+    /// Names of old checkpoints to delete on the committed disks, once the new one
+    /// is there; names that a disk does not have are passed over.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub delete_checkpoints: Vec<String>,
 }
@@ -214,7 +218,8 @@ pub struct CommitResult {
     pub committed: Vec<String>,
     /// Checkpoints that were deleted, as `disk/checkpoint`.
     pub deleted: Vec<String>,
-    /// Objects in QEMU that could not be removed, with the reason.
+    /// Objects in QEMU that could not be removed, with the reason; also checkpoints
+    /// that were to be deleted. The commit is done all the same.
     pub leftovers: Vec<String>,
 }
 

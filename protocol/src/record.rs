@@ -5,7 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::backup::{FullReason, Mode};
-use crate::error::{Action, Code};
+use crate::error::Action;
 
 /// The version of the stream's format.
 pub const FORMAT: u32 = 1;
@@ -46,8 +46,8 @@ pub enum Record {
     End(End),
     /// The stream broke off: nothing of it may count as a backup.
     Failed {
-        /// Why.
-        code: Code,
+        /// Why: a code of the error table, or a later version's.
+        code: String,
         /// What the host should do next.
         action: Action,
         /// How far it came.

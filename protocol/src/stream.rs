@@ -306,7 +306,7 @@ impl Chain {
                 return Err("a new stream begins before this one ended".into());
             }
             (Some(_), Record::Failed { code, .. }) => {
-                return Err(format!("it failed with {}", code.name()));
+                return Err(format!("it failed with {code}"));
             }
             (Some(checker), Record::End(end)) => {
                 checker.end(end)?;

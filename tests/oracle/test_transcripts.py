@@ -1,0 +1,156 @@
+"""Replays the transcripts of protocol/examples against the real plugin and a real QEMU.
+
+A line that starts with `> ` is what the host sends, one with `< ` what the plugin answers.
+What no two runs share (ids, times, versions, messages) is only held to be of the same type,
+and an id to stand for one thing; text that ends with `...` is a beginning. `! ` is a
+command of qemu-io on the disk, as the guest's write; `# ` is a comment. `progress` may
+come at any time and is passed over. `$DIR` stands for a folder of the test.
+"""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import tempfile
+import unittest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "protocol/examples"
+PLUGIN = os.environ.get("QEMU_FLEECE", str(ROOT / "target/debug/qemu-fleece"))
+VOLATILE = {"time_ms", "duration_ms", "scratch_peak", "version", "qemu_version", "message", "our_objects"}
+IDS = {"backup", "restore"}
+TIMEOUT = 60
+
+
+class Machine:
+    """A QEMU that does not run its processor: one qcow2 disk of 192 KiB, two monitors."""
+
+    def __init__(self, folder):
+        image = folder / "disk0.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "192K"], check=True)
+        # QEMU connects to this one: its greeting says that the other one listens.
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(folder / "own.sock"))
+        listener.listen()
+        self.process = subprocess.Popen(
+            ["qemu-system-x86_64", "-S", "-machine", "q35", "-accel", "tcg", "-nodefaults", "-display", "none",
+             "-blockdev", f"driver=qcow2,node-name=disk0,file.driver=file,file.filename={image}",
+             "-device", "virtio-blk-pci,drive=disk0,id=disk0,share-rw=on",
+             "-qmp", f"unix:{folder}/qmp.sock,server=on,wait=off",
+             "-chardev", f"socket,id=own,path={folder}/own.sock", "-mon", "chardev=own,mode=control"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        listener.settimeout(TIMEOUT)
+        with listener:
+            connection, _ = listener.accept()
+        self.monitor = connection.makefile("rw", buffering=1)
+        connection.close()
+        json.loads(self.monitor.readline())
+        self.execute("qmp_capabilities")
+
+    def execute(self, command, **arguments):
+        self.monitor.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
+        while True:
+            answer = json.loads(self.monitor.readline())
+            if "event" not in answer:
+                return answer["return"]
+
+    def io(self, command):
+        printed = self.execute("human-monitor-command", **{"command-line": f'qemu-io disk0 "{command}"'})
+        if printed:
+            raise AssertionError(f"{command}: {printed}")
+
+    def close(self):
+        self.monitor.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class Replay:
+    def __init__(self, folder, machine):
+        self.folder, self.machine, self.ids = folder, machine, {}
+        self.plugin = subprocess.Popen(
+            [PLUGIN, "--scratch-dir", folder, "--runtime-dir", folder],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    def line(self, text):
+        mark, rest = text[:2], text[2:].replace("$DIR", str(self.folder))
+        if mark == "> ":
+            for known, actual in self.ids.items():
+                rest = rest.replace(f'"{known}"', f'"{actual}"')
+            self.plugin.stdin.write(rest + "\n")
+        elif mark == "! ":
+            self.machine.io(rest)
+        elif mark == "< ":
+            actual = self.answer()
+            self.match(json.loads(rest), actual, "")
+        elif mark != "# ":
+            raise AssertionError(f"no line of a transcript: {text}")
+
+    def answer(self):
+        while True:
+            line = self.plugin.stdout.readline()
+            if not line:
+                raise AssertionError("the plugin ended")
+            answer = json.loads(line)
+            if answer.get("method") != "progress":
+                return answer
+
+    def match(self, expected, actual, path):
+        where = path or "line"
+        key = path.rsplit(".", 1)[-1]
+        if isinstance(expected, dict) and isinstance(actual, dict):
+            if set(expected) != set(actual):
+                raise AssertionError(f"{where}: {sorted(expected)} in the transcript, and now {actual}")
+            for name in expected:
+                self.match(expected[name], actual[name], f"{path}.{name}")
+        elif isinstance(expected, list) and isinstance(actual, list) and len(expected) == len(actual):
+            for index, (one, other) in enumerate(zip(expected, actual)):
+                self.match(one, other, f"{path}[{index}]")
+        elif key in IDS and isinstance(actual, str):
+            if self.ids.setdefault(expected, actual) != actual:
+                raise AssertionError(f"{where}: another id: {actual}")
+        elif key in VOLATILE and isinstance(expected, type(actual)):
+            pass
+        elif isinstance(expected, str) and expected.endswith("...") and isinstance(actual, str):
+            if not actual.startswith(expected[:-3]):
+                raise AssertionError(f"{where}: {actual[:80]} does not start with {expected}")
+        elif expected != actual:
+            raise AssertionError(f"{where}: {expected!r} in the transcript, and now {actual!r}")
+
+    def close(self):
+        self.plugin.stdin.close()
+        self.plugin.wait(60)
+        self.plugin.stdout.close()
+
+
+class Transcripts(unittest.TestCase):
+    def test_each_is_what_happens(self):
+        names = sorted(EXAMPLES.glob("*.jsonl"))
+        self.assertTrue(names)
+        for name in names:
+            with self.subTest(name.name), tempfile.TemporaryDirectory() as folder:
+                folder = pathlib.Path(folder)
+                machine = Machine(folder)
+                try:
+                    replay = Replay(folder, machine)
+                    try:
+                        for number, text in enumerate(name.read_text().splitlines(), 1):
+                            try:
+                                replay.line(text)
+                            except AssertionError as error:
+                                raise AssertionError(f"{name.name}:{number}: {error}") from None
+                    finally:
+                        replay.close()
+                finally:
+                    machine.close()
+                self.assertEqual(replay.plugin.returncode, 0)
+
+    def test_the_specification_quotes_them(self):
+        specification = (ROOT / "protocol/README.md").read_text()
+        for name in EXAMPLES.glob("*.jsonl"):
+            self.assertIn(name.read_text(), specification, f"{name.name} is not quoted word for word")
+
+
+if __name__ == "__main__":
+    unittest.main()
