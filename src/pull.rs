@@ -19,10 +19,7 @@ use crate::buffer::{Buffer, Pool};
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Content, Extent, Range, length, next_cut, split_zeros};
 use crate::nbd::{Client, Ticket, status};
-use crate::view::{Cursor, View};
-
-/// Longest read: throughput falls on either side of it.
-pub const READ_MAX: u64 = 1024 * 1024;
+use crate::view::{Cursor, READ_MAX, View};
 
 /// Reads under way at a time.
 const READS: usize = 8;
@@ -73,6 +70,8 @@ pub struct Pull {
     cancel: CancellationToken,
     release_on_read: bool,
     cut: u64,
+    read_max: u64,
+    ask_allocation: bool,
     pool: Pool,
     data: Client,
     changes: Option<Client>,
@@ -118,7 +117,10 @@ impl Pull {
                 return Err(view.explain(error).await);
             }
         };
+        let (read_max, ask_allocation) = view.read_max();
         Ok(Self {
+            read_max,
+            ask_allocation,
             outer: Cursor::new(offset..view.size()),
             view,
             cancel,
@@ -228,7 +230,7 @@ impl Pull {
                 }
             }
             let start = self.to_read.start;
-            let end = next_cut(start, READ_MAX, self.to_read.end);
+            let end = next_cut(start, self.read_max, self.to_read.end);
             let bytes = usize::try_from(end - start).unwrap_or(usize::MAX);
             let buffer = match self.pool.try_take(bytes) {
                 Some(buffer) => buffer,
@@ -250,6 +252,10 @@ impl Pull {
             range,
             content: status::content(flags),
         };
+        let data = |range| Extent {
+            range,
+            content: Content::Data,
+        };
         if let Some(inner) = &mut self.inner {
             if let Some(found) = inner.next(&self.data).await? {
                 return Ok(Some(allocation(found)));
@@ -257,6 +263,9 @@ impl Pull {
             self.inner = None;
         }
         let Some(changes) = &self.changes else {
+            if !self.ask_allocation {
+                return Ok(self.outer.rest().map(data));
+            }
             return Ok(self.outer.next(&self.data).await?.map(allocation));
         };
         match self.outer.next(changes).await? {
@@ -266,10 +275,9 @@ impl Pull {
                 content: Content::Same,
             })),
             // One read tells as much as asking first, in one round trip.
-            Some((range, _)) if length(&range) <= READ_MAX => Ok(Some(Extent {
-                range,
-                content: Content::Data,
-            })),
+            Some((range, _)) if length(&range) <= READ_MAX || !self.ask_allocation => {
+                Ok(Some(data(range)))
+            }
             Some((range, _)) => {
                 let mut inner = Cursor::new(range);
                 let first = inner.next(&self.data).await?.map(allocation);

@@ -26,8 +26,9 @@ use tracing::info;
 use crate::checkpoint::{GRANULARITY, Name};
 use crate::error::{Error, Kind, Result};
 use crate::plan::{self, DiskPlan, Wish};
+use crate::qemu::query::{self, Version};
 use crate::qemu::step::{self, Instant, Lasting, Names};
-use crate::qemu::{Event, Qmp, discover, query};
+use crate::qemu::{Event, Qmp, discover};
 use crate::scratch::Scratch;
 use crate::server;
 use crate::teardown::{Teardown, Undo};
@@ -96,10 +97,11 @@ impl Session {
         let time_ms = now_ms();
         let disks = discover::disks(qmp).await?;
         let plans = plan::plan(&disks, wish, time_ms)?;
-        refuse_what_hurts(qmp, &plans).await?;
+        let version = query::version(qmp).await?;
+        refuse_what_hurts(version, &plans)?;
         let id = random_id();
         let mut teardown = Teardown::default();
-        let opened = open(qmp, &id, plans, places, &mut teardown, cancel).await;
+        let opened = open(qmp, version, &id, plans, places, &mut teardown, cancel).await;
         match opened {
             Ok(disks) => {
                 info!(session = id, disks = disks.len(), "point in time open");
@@ -278,8 +280,7 @@ impl Session {
 }
 
 /// Refuses disks whose configuration this QEMU does not survive.
-async fn refuse_what_hurts(qmp: &Qmp, plans: &[DiskPlan]) -> Result<()> {
-    let version = query::version(qmp).await?;
+fn refuse_what_hurts(version: Version, plans: &[DiskPlan]) -> Result<()> {
     if (version.major, version.minor) >= (9, 0) {
         return Ok(());
     }
@@ -299,6 +300,7 @@ async fn refuse_what_hurts(qmp: &Qmp, plans: &[DiskPlan]) -> Result<()> {
 
 async fn open(
     qmp: &Qmp,
+    version: Version,
     id: &str,
     plans: Vec<DiskPlan>,
     places: &Places,
@@ -323,7 +325,16 @@ async fn open(
     for ((plan, names), scratch) in plans.into_iter().zip(names).zip(scratches) {
         go_on(cancel)?;
         let id = plan.disk.id.clone();
-        let view = open_view(qmp, &plan, &names, address.clone(), scratch, teardown).await;
+        let view = open_view(
+            qmp,
+            version,
+            &plan,
+            &names,
+            address.clone(),
+            scratch,
+            teardown,
+        )
+        .await;
         let view = view.map_err(|error| error.on_disk(id.clone()))?;
         let changed = view
             .give_back_unchanged(cancel)
@@ -389,6 +400,7 @@ async fn take_instant(
 
 async fn open_view(
     qmp: &Qmp,
+    version: Version,
     plan: &DiskPlan,
     names: &Names,
     address: crate::nbd::Address,
@@ -404,12 +416,15 @@ async fn open_view(
         .base
         .as_ref()
         .map(|_| format!("qemu:dirty-bitmap:{}", names.changes()));
+    // Known to be right from 10.0 on; see `View::read_max`.
+    let one_cluster = (version.major, version.minor) < (10, 0);
     Ok(View::new(
         qmp.clone(),
         names.job(),
         address,
         &plan.disk,
         changes,
+        one_cluster,
         scratch,
     ))
 }

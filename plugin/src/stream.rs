@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use qemu_fleece_engine::extent::{Content, length};
-use qemu_fleece_engine::pull::{Chunk, Pull, READ_MAX};
-use qemu_fleece_engine::view::View;
+use qemu_fleece_engine::pull::{Chunk, Pull};
+use qemu_fleece_engine::view::{READ_MAX, View};
 use qemu_fleece_protocol::backup::{ReadParams, ReadResult, Release};
 use qemu_fleece_protocol::envelope::notification_line;
 use qemu_fleece_protocol::error::StateLeft;
