@@ -34,11 +34,8 @@ impl Pool {
     /// Waits for a free buffer and makes it `length` bytes long (contents
     /// unspecified: earlier bytes or zeros). Cancel-safe.
     pub async fn take(&self, length: usize) -> Buffer {
-        let permit = match Arc::clone(&self.permits).acquire_owned().await {
-            Ok(permit) => Some(permit),
-            // The semaphore is never closed; an unbounded buffer would be the only harm.
-            Err(_closed) => None,
-        };
+        // Never closed; were it, an unbounded buffer would be the only harm.
+        let permit = Arc::clone(&self.permits).acquire_owned().await.ok();
         self.fit(length, permit)
     }
 

@@ -137,7 +137,7 @@ mod tests {
             if length(&inner) > 0 {
                 prop_assert!(inner.start >= range.start && inner.end <= range.end);
                 prop_assert_eq!(inner.start % 64, 0);
-                prop_assert!(inner.end % 64 == 0 || inner.end == disk);
+                prop_assert!(inner.end.is_multiple_of(64) || inner.end == disk);
             }
         }
     }

@@ -51,6 +51,8 @@ impl StorageDaemon {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())
+            // A Ctrl-C at a terminal is for the plugin, which ends this in order.
+            .process_group(0)
             .kill_on_drop(true)
             .spawn()
             .map_err(|error| failed(error.into()))?;

@@ -91,14 +91,21 @@ impl Teardown {
     /// those before; returns what could not be removed, with the reason.
     pub async fn run(mut self, qmp: &Qmp) -> Vec<String> {
         let mut leftovers = Vec::new();
+        let mut closed = false;
         while let Some(step) = self.steps.pop() {
             match undo(qmp, &step).await {
                 Ok(()) => debug!(%step, "undone"),
+                // QEMU is gone, and all with it; or it cannot be asked: once is enough.
+                Err(error) if error.kind() == Kind::MonitorClosed => closed = true,
                 Err(error) => {
                     warn!(%step, error = error.chain(), "could not be undone");
                     leftovers.push(format!("{step}: {}", error.chain()));
                 }
             }
+        }
+        if closed {
+            leftovers
+                .push("unknown: the monitor's connection ended before all was undone".to_owned());
         }
         leftovers
     }

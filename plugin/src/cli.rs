@@ -44,7 +44,7 @@ pub(crate) struct Cli {
         long,
         value_name = "FILTER",
         default_value = "warn",
-        env = "QEMU_FLEECE_LOG"
+        env = "QEMU_FLEECE_LOG", value_parser = filter
     )]
     log: String,
 
@@ -78,8 +78,7 @@ pub(crate) enum Command {
 impl Cli {
     /// Starts logging to standard error.
     pub(crate) fn start_log(&self) {
-        let filter = tracing_subscriber::EnvFilter::try_new(&self.log)
-            .unwrap_or_else(|_odd| tracing_subscriber::EnvFilter::new("warn"));
+        let filter = tracing_subscriber::EnvFilter::new(&self.log);
         let log = tracing_subscriber::fmt()
             .with_env_filter(filter)
             .with_writer(std::io::stderr);
@@ -108,5 +107,13 @@ impl Cli {
             places,
             storage_daemon: self.storage_daemon.clone(),
         })
+    }
+}
+
+/// Refuses a filter that would be ignored in part.
+fn filter(text: &str) -> Result<String, String> {
+    match tracing_subscriber::EnvFilter::try_new(text) {
+        Ok(_) => Ok(text.to_owned()),
+        Err(error) => Err(error.to_string()),
     }
 }

@@ -42,6 +42,9 @@ const EXEMPT: &[&str] = &["cancel", "ping", "shutdown"];
 /// How long the last replies get when the process ends.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(5);
 
+/// How long the whole end of the process may take: QEMU may hang.
+const CLOSE_DEADLINE: Duration = Duration::from_secs(90);
+
 /// How the process is set up.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
@@ -102,7 +105,12 @@ pub(crate) async fn serve(config: Config, stdin: File, stdout: File) -> anyhow::
         shutdown: None,
     };
     let ending = server.run(&mut inputs).await?;
-    server.close(ending).await;
+    if tokio::time::timeout(CLOSE_DEADLINE, server.close(ending))
+        .await
+        .is_err()
+    {
+        tracing::error!("the clean-up is stuck and was left");
+    }
     Ok(ending)
 }
 

@@ -84,6 +84,11 @@ pub(crate) async fn run(
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .resume();
+    if writer.offset() != params.offset {
+        let why =
+            "what was handed over was given back, and not acknowledged: the stream cannot go on";
+        return Err(WireError::new(Code::OffsetReleased, why).left(StateLeft::BackupOpen));
+    }
     stream.begin.offset = params.offset;
     let mut running = Running {
         stream,
