@@ -8,6 +8,9 @@ use crate::error::{Error, Kind, Result};
 /// Longest line of QEMU: `query-qmp-schema` answers some hundred KiB in one.
 pub const MAX_LINE_BYTES: usize = 16 * 1024 * 1024;
 
+/// Bytes of one read.
+const READ_BYTES: usize = 64 * 1024;
+
 /// What QEMU says, in the members that matter here; unknown ones are ignored.
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
@@ -46,9 +49,10 @@ pub struct Lines {
 }
 
 impl Lines {
-    /// Adds bytes as they came.
-    pub fn push(&mut self, bytes: &[u8]) {
-        self.buffer.extend_from_slice(bytes);
+    /// Where the next bytes are appended, as they come.
+    pub fn space(&mut self) -> &mut Vec<u8> {
+        self.buffer.reserve(READ_BYTES);
+        &mut self.buffer
     }
 
     /// The next message; `None` until more bytes are pushed. Blank lines are none.
@@ -92,6 +96,46 @@ impl Lines {
             if message.is_some() {
                 return Ok(message);
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn feed(pieces: &[&[u8]]) -> Vec<Option<String>> {
+        let mut lines = Lines::default();
+        let mut found = Vec::new();
+        for piece in pieces {
+            lines.space().extend_from_slice(piece);
+            loop {
+                match lines.next_message() {
+                    Ok(Some(message)) => found.push(message.event),
+                    Ok(None) => break,
+                    Err(_) => {
+                        found.push(Some("broken".into()));
+                        return found;
+                    }
+                }
+            }
+        }
+        found
+    }
+
+    proptest! {
+        #[test]
+        fn any_split_gives_the_same_messages(
+            text in "(\\{\"event\":\"[A-C]\"\\}\r?\n|\r\n|[\\[x]\n){0,8}", cut in 1usize..9,
+        ) {
+            let pieces: Vec<&[u8]> = text.as_bytes().chunks(cut).collect();
+            prop_assert_eq!(feed(&pieces), feed(&[text.as_bytes()]));
+        }
+
+        #[test]
+        fn arbitrary_bytes_never_panic(bytes: Vec<u8>) {
+            feed(&[&bytes]);
         }
     }
 }

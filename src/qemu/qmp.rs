@@ -34,9 +34,6 @@ const COMMANDS: usize = 64;
 /// Events that a slow subscriber may lag behind before it misses some.
 const EVENTS: usize = 1024;
 
-/// Bytes of one read.
-const READ_BYTES: usize = 64 * 1024;
-
 /// An event of QEMU.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Event {
@@ -290,14 +287,13 @@ async fn greeting(reader: &mut (impl AsyncRead + Unpin), lines: &mut Lines) -> R
 /// The next message, or `None` at the end. Cancel-safe: bytes that were read
 /// stay in `lines`.
 async fn next(reader: &mut (impl AsyncRead + Unpin), lines: &mut Lines) -> Result<Option<Message>> {
-    let mut bytes = vec![0; READ_BYTES];
     loop {
         if let Some(message) = lines.next_message()? {
             return Ok(Some(message));
         }
-        match reader.read(&mut bytes).await {
+        match reader.read_buf(lines.space()).await {
             Ok(0) => return Ok(None),
-            Ok(length) => lines.push(&bytes[..length]),
+            Ok(_) => {}
             Err(error) => {
                 tracing::debug!(%error, "the monitor's connection broke");
                 return Ok(None);

@@ -1,0 +1,3 @@
+//! Tests without QEMU: scripted peers that lie, and the layers.
+
+mod qmp;

@@ -1,0 +1,327 @@
+//! The QMP actor against a scripted monitor, one test a fault.
+
+use std::time::Duration;
+
+use qemu_fleece_engine::qemu::{Address, Qmp, Refusal, query};
+use qemu_fleece_engine::{Kind, Result};
+use serde_json::{Value, json};
+use std::error::Error as _;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, DuplexStream};
+
+/// Long enough for any answer that comes at all.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// For answers that never come.
+const SHORT: Duration = Duration::from_millis(50);
+
+/// The monitor's end of a connection.
+struct Peer {
+    stream: BufReader<DuplexStream>,
+}
+
+impl Peer {
+    async fn send(&mut self, text: &str) {
+        self.stream
+            .get_mut()
+            .write_all(text.as_bytes())
+            .await
+            .unwrap();
+    }
+
+    /// The next command; its id goes into the answer.
+    async fn command(&mut self) -> (String, Value) {
+        let mut line = String::new();
+        tokio::time::timeout(PATIENCE, self.stream.read_line(&mut line))
+            .await
+            .unwrap()
+            .unwrap();
+        let command: Value = serde_json::from_str(&line).unwrap();
+        (
+            command["execute"].as_str().unwrap().to_owned(),
+            command["id"].clone(),
+        )
+    }
+
+    async fn answer(&mut self, id: &Value, value: Value) {
+        self.send(&format!("{}\r\n", json!({"return": value, "id": id})))
+            .await;
+    }
+}
+
+const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": [\"oob\"]}}\r\n";
+
+fn pair() -> (DuplexStream, Peer) {
+    let (ours, theirs) = tokio::io::duplex(1 << 20);
+    (
+        ours,
+        Peer {
+            stream: BufReader::new(theirs),
+        },
+    )
+}
+
+/// A client that has shaken hands, and its peer.
+async fn ready() -> (Qmp, Peer) {
+    let (ours, mut peer) = pair();
+    let client = tokio::spawn(Qmp::over(ours, PATIENCE));
+    peer.send(GREETING).await;
+    let (name, id) = peer.command().await;
+    assert_eq!(name, "qmp_capabilities");
+    peer.answer(&id, json!({})).await;
+    (client.await.unwrap().unwrap(), peer)
+}
+
+async fn greeted_with(text: &str) -> Result<Qmp> {
+    let (ours, mut peer) = pair();
+    peer.send(text).await;
+    Qmp::over(ours, PATIENCE).await
+}
+
+fn ask(qmp: &Qmp) -> tokio::task::JoinHandle<Result<Value>> {
+    let qmp = qmp.clone();
+    tokio::spawn(async move { qmp.execute_raw("query-jobs", json!({})).await })
+}
+
+#[tokio::test]
+async fn no_greeting_means_that_another_client_holds_the_monitor() {
+    let (ours, _peer) = pair();
+    let error = Qmp::over(ours, SHORT).await.unwrap_err();
+    assert_eq!(error.kind(), Kind::MonitorBusy);
+}
+
+#[tokio::test]
+async fn nobody_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let address = Address::parse(dir.path().join("none").to_str().unwrap()).unwrap();
+    assert_eq!(
+        Qmp::connect(&address, PATIENCE).await.unwrap_err().kind(),
+        Kind::MonitorUnreachable
+    );
+}
+
+#[tokio::test]
+async fn what_is_no_greeting_is_no_monitor() {
+    for text in [
+        "SSH-2.0-OpenSSH\r\n",
+        "[]\n",
+        "{\"event\":\"STOP\"}\n",
+        "{\"QMP\": {}} {}\n",
+        "\u{fffd}\n",
+        "{\"QMP\"\n",
+    ] {
+        assert_eq!(
+            greeted_with(text).await.unwrap_err().kind(),
+            Kind::MonitorProtocol,
+            "{text:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn an_endless_line_is_cut_off() {
+    let (ours, mut peer) = pair();
+    let client = tokio::spawn(Qmp::over(ours, PATIENCE));
+    let chunk = vec![b' '; 1 << 20];
+    for _ in 0..17 {
+        if peer.stream.get_mut().write_all(&chunk).await.is_err() {
+            break;
+        }
+    }
+    let error = client.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), Kind::MonitorProtocol);
+    assert!(error.chain().contains("longer than"), "{}", error.chain());
+}
+
+#[tokio::test]
+async fn answers_find_their_commands_in_any_order() {
+    let (qmp, mut peer) = ready().await;
+    let (first, second) = (ask(&qmp), ask(&qmp));
+    let (one, two) = (peer.command().await.1, peer.command().await.1);
+    // Which of the two tasks came first does not matter: both get an answer, and not the same.
+    peer.answer(&two, json!(2)).await;
+    peer.answer(&one, json!(1)).await;
+    let mut found = [
+        first.await.unwrap().unwrap(),
+        second.await.unwrap().unwrap(),
+    ];
+    found.sort_by_key(Value::as_u64);
+    assert_eq!(found, [json!(1), json!(2)]);
+}
+
+#[tokio::test]
+async fn unknown_events_members_ids_and_blank_lines_harm_nothing() {
+    let (qmp, mut peer) = ready().await;
+    let mut events = qmp.events();
+    let asked = ask(&qmp);
+    let id = peer.command().await.1;
+    peer.send(
+        "\r\n{\"event\":\"NEW_IN_12\",\"data\":{\"a\":[1]},\"timestamp\":{},\"more\":true}\r\n",
+    )
+    .await;
+    peer.send("{\"return\":{},\"id\":987654}\r\n{\"return\":{}}\r\n")
+        .await;
+    peer.send(&format!("{{\"id\":{id},\"more\":1,\"return\":[]}}\r\n"))
+        .await;
+    assert_eq!(asked.await.unwrap().unwrap(), json!([]));
+    let event = events.recv().await.unwrap();
+    assert_eq!(
+        (event.name.as_str(), event.data),
+        ("NEW_IN_12", json!({"a": [1]}))
+    );
+}
+
+#[tokio::test]
+async fn a_refusal_carries_qemus_words() {
+    let (qmp, mut peer) = ready().await;
+    let asked = ask(&qmp);
+    let id = peer.command().await.1;
+    peer.send(&format!(
+        "{{\"error\":{{\"class\":\"NewClass\",\"desc\":\"no\"}},\"id\":{id}}}\r\n"
+    ))
+    .await;
+    let error = asked.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), Kind::QemuRefused);
+    let refusal = error.source().unwrap().downcast_ref::<Refusal>().unwrap();
+    assert_eq!(
+        (refusal.class.as_str(), refusal.desc.as_str()),
+        ("NewClass", "no")
+    );
+}
+
+#[tokio::test]
+async fn a_late_answer_is_nobody_elses() {
+    let (qmp, mut peer) = ready().await;
+    let error = qmp
+        .execute_raw_within("query-jobs", json!({}), SHORT)
+        .await
+        .unwrap_err();
+    assert_eq!(error.kind(), Kind::QemuTimeout);
+    let late = peer.command().await.1;
+    let asked = ask(&qmp);
+    let id = peer.command().await.1;
+    peer.answer(&late, json!("late")).await;
+    peer.answer(&id, json!("in time")).await;
+    assert_eq!(asked.await.unwrap().unwrap(), json!("in time"));
+}
+
+#[tokio::test]
+async fn a_caller_that_gives_up_harms_nothing() {
+    let (qmp, mut peer) = ready().await;
+    let gone = ask(&qmp);
+    let id = peer.command().await.1;
+    gone.abort();
+    peer.answer(&id, json!({})).await;
+    let asked = ask(&qmp);
+    let id = peer.command().await.1;
+    peer.answer(&id, json!([])).await;
+    assert!(asked.await.unwrap().is_ok());
+}
+
+#[tokio::test]
+async fn the_end_of_the_connection_ends_all_that_waits() {
+    let (qmp, mut peer) = ready().await;
+    let mut events = qmp.events();
+    let (one, two) = (ask(&qmp), ask(&qmp));
+    peer.command().await;
+    peer.command().await;
+    drop(peer);
+    for asked in [one, two] {
+        assert_eq!(
+            asked.await.unwrap().unwrap_err().kind(),
+            Kind::MonitorClosed
+        );
+    }
+    assert!(matches!(
+        events.recv().await,
+        Err(tokio::sync::broadcast::error::RecvError::Closed)
+    ));
+    assert_eq!(
+        ask(&qmp).await.unwrap().unwrap_err().kind(),
+        Kind::MonitorClosed
+    );
+    assert!(qmp.is_closed());
+}
+
+#[tokio::test]
+async fn a_lie_ends_the_connection_and_is_named() {
+    for lie in [
+        "{} {}\r\n",
+        "[1]\r\n",
+        "\"text\"\r\n",
+        "{\"return\":\r\n",
+        "{\"id\":\"text\"}\r\n",
+    ] {
+        let (qmp, mut peer) = ready().await;
+        let asked = ask(&qmp);
+        peer.command().await;
+        peer.send(lie).await;
+        assert_eq!(
+            asked.await.unwrap().unwrap_err().kind(),
+            Kind::MonitorProtocol,
+            "{lie:?}"
+        );
+    }
+    let (qmp, mut peer) = ready().await;
+    let asked = ask(&qmp);
+    peer.command().await;
+    peer.stream
+        .get_mut()
+        .write_all(b"{\"event\":\"\xff\"}\r\n")
+        .await
+        .unwrap();
+    assert_eq!(
+        asked.await.unwrap().unwrap_err().kind(),
+        Kind::MonitorProtocol
+    );
+}
+
+#[tokio::test]
+async fn an_answer_of_another_shape_is_told() {
+    let (qmp, mut peer) = ready().await;
+    let asked = tokio::spawn(async move { query::version(&qmp).await });
+    let id = peer.command().await.1;
+    peer.answer(&id, json!({"qemu": {"major": "ten"}})).await;
+    assert_eq!(
+        asked.await.unwrap().unwrap_err().kind(),
+        Kind::MonitorProtocol
+    );
+}
+
+#[tokio::test]
+async fn a_flood_of_events_stops_no_command_and_is_told_to_who_lags() {
+    let (qmp, mut peer) = ready().await;
+    let mut events = qmp.events();
+    let asked = ask(&qmp);
+    let id = peer.command().await.1;
+    for _ in 0..3000 {
+        peer.send("{\"event\":\"X\"}\r\n").await;
+    }
+    peer.answer(&id, json!([])).await;
+    assert!(asked.await.unwrap().is_ok());
+    assert!(matches!(
+        events.recv().await,
+        Err(tokio::sync::broadcast::error::RecvError::Lagged(_))
+    ));
+}
+
+#[tokio::test]
+async fn descriptors_do_not_go_where_they_cannot() {
+    let (qmp, _peer) = ready().await;
+    assert!(!qmp.can_pass_fds());
+    let file = tempfile::tempfile().unwrap();
+    let passed = qmp
+        .execute_with_fd("add-fd", json!({}), std::os::fd::AsFd::as_fd(&file))
+        .await;
+    assert_eq!(passed.unwrap_err().kind(), Kind::QemuUnsupported);
+}
+
+#[tokio::test]
+async fn the_last_handle_closes_the_connection() {
+    let (qmp, mut peer) = ready().await;
+    drop(qmp);
+    let mut rest = Vec::new();
+    tokio::time::timeout(PATIENCE, peer.stream.read_to_end(&mut rest))
+        .await
+        .unwrap()
+        .unwrap();
+    assert!(rest.is_empty());
+}
