@@ -167,6 +167,11 @@ impl Request {
     /// # Errors
     /// `invalid_params`, with what is wrong and where.
     pub fn params<T: for<'a> Deserialize<'a>>(&self) -> Result<T, WireError> {
+        // serde reads a struct from an array too; names are what can grow.
+        if !self.params.get().starts_with('{') {
+            let why = format!("parameters of {} are not in an object", self.method);
+            return Err(WireError::new(Code::InvalidParams, why));
+        }
         serde_json::from_str(self.params.get()).map_err(|error| {
             WireError::new(
                 Code::InvalidParams,

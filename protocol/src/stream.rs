@@ -423,6 +423,10 @@ impl Reader {
                     None => return Err(self.damage("a payload without its record".into())),
                 },
                 Some(Piece::Line(line)) => {
+                    // serde reads a struct from an array too.
+                    if line.iter().find(|byte| !byte.is_ascii_whitespace()) != Some(&b'{') {
+                        return Err(self.damage("no record: the line is no JSON object".into()));
+                    }
                     let record: Record = serde_json::from_slice(&line)
                         .map_err(|error| self.damage(format!("no record: {error}")))?;
                     if let Record::Data { length, .. } = record {

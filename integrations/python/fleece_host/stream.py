@@ -221,6 +221,14 @@ def read_chain(file):
         stream += 1
 
 
+def _each_once(pairs):
+    """An object whose members stand once each: of two, readers would disagree."""
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a member stands twice")
+    return members
+
+
 def _read_record(file, offset):
     line = file.readline(MAX_LINE_BYTES + 1)
     if not line:
@@ -229,7 +237,7 @@ def _read_record(file, offset):
         long = len(line) > MAX_LINE_BYTES
         raise Damage(offset, "a line is too long" if long else "it is cut off inside a line")
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise Damage(offset, "no record: %s" % error) from None
     payload = None
