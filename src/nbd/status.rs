@@ -36,7 +36,7 @@ pub fn is_dirty(flags: u64) -> bool {
 /// What is wrong with them.
 pub fn extents(bytes: &[u8], wide: bool, length: u64) -> Result<Vec<(u64, u64)>, String> {
     let each = if wide { 16 } else { 8 };
-    if bytes.is_empty() || bytes.len() % each != 0 {
+    if bytes.is_empty() || !bytes.len().is_multiple_of(each) {
         return Err(format!("{} bytes are no list of extents", bytes.len()));
     }
     let mut rest = length;
