@@ -11,31 +11,29 @@
 //! later, fails with [`Kind::NbdProtocol`] and the lie in the source. A refusal
 //! fails its request only. Dropping a ticket, or a call of `submit_*`, harms nothing.
 
-use std::collections::HashMap;
 use std::future::Future;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::buffer::Buffer;
 use crate::error::{Error, Kind, Result};
 use crate::nbd::handshake::{Export, negotiate};
-use crate::nbd::reply::{Body, Reply, Verdict};
-use crate::nbd::wire::{Replies, ReplyHeader, Request, chunk, command, flag, u64_at};
+use crate::nbd::incoming::receive;
+use crate::nbd::pending::{Answer, Pending, Shared, Work};
+use crate::nbd::reply::Reply;
+use crate::nbd::wire::{Request, command, flag};
 
 /// Requests in flight: QEMU works on so many of one connection at a time.
 pub const IN_FLIGHT: usize = 16;
-
-/// Bytes that may be read behind a header in one go, and are copied once more.
-const STASH: usize = 512;
 
 /// How long a server gets to hang up after goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -56,14 +54,6 @@ impl std::fmt::Display for Address {
             Self::Tcp(address) => f.write_str(address),
         }
     }
-}
-
-/// What a request comes to.
-#[derive(Debug)]
-enum Answer {
-    Done,
-    Bytes(Buffer),
-    Extents(Vec<(u64, u64)>),
 }
 
 /// The answer to come. Dropping it is harmless.
@@ -89,61 +79,9 @@ impl<T> Future for Ticket<T> {
 }
 
 #[derive(Debug)]
-struct Pending {
-    reply: Reply,
-    buffer: Option<Buffer>,
-    answer: oneshot::Sender<Result<Answer>>,
-    since: Instant,
-    _slot: OwnedSemaphorePermit,
-}
-
-#[derive(Debug)]
 struct Outgoing {
     header: Vec<u8>,
     payload: Option<Buffer>,
-}
-
-#[derive(Debug, Default)]
-struct Table {
-    pending: HashMap<u64, Pending>,
-    last_cookie: u64,
-    /// Why nothing can be asked any more.
-    dead: Option<(Kind, String)>,
-}
-
-#[derive(Debug, Default)]
-struct Shared {
-    table: Mutex<Table>,
-}
-
-impl Shared {
-    fn table(&self) -> MutexGuard<'_, Table> {
-        self.table.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The connection is over: all that waits gets to know why.
-    fn kill(&self, error: &Error) {
-        let pending = {
-            let mut table = self.table();
-            let why = std::error::Error::source(error)
-                .map_or_else(|| error.to_string(), ToString::to_string);
-            table.dead.get_or_insert((error.kind(), why));
-            std::mem::take(&mut table.pending)
-        };
-        for pending in pending.into_values() {
-            // Whoever asked may be gone.
-            let _gone = pending
-                .answer
-                .send(Err(self.obituary("waiting for an NBD reply")));
-        }
-    }
-
-    fn obituary(&self, doing: &'static str) -> Error {
-        match &self.table().dead {
-            Some((kind, why)) => Error::new(*kind, doing).because(why.clone()),
-            None => Error::new(Kind::NbdClosed, doing).because("the connection was closed"),
-        }
-    }
 }
 
 /// A connection to one export, with at most one meta context.
@@ -160,7 +98,7 @@ pub struct Client {
 
 impl Client {
     /// Connects to `export`, with `context` for block status. The server gets
-    /// `deadline` for the handshake, and for each reply.
+    /// `deadline` to accept, for the handshake, and for each complete reply.
     ///
     /// # Errors
     /// [`Kind::NbdUnreachable`] where nobody listens, or the server lacks the
@@ -174,28 +112,24 @@ impl Client {
         let unreachable = |error: std::io::Error| {
             Error::new(Kind::NbdUnreachable, format!("connecting to {address}")).because(error)
         };
-        let connect = async {
-            match address {
-                Address::Unix(path) => {
-                    let stream = UnixStream::connect(path).await.map_err(unreachable)?;
-                    Self::over(stream, export, context, deadline).await
-                }
-                Address::Tcp(address) => {
-                    let stream = TcpStream::connect(address).await.map_err(unreachable)?;
-                    // Requests are small, and each is waited for.
-                    stream.set_nodelay(true).map_err(unreachable)?;
-                    Self::over(stream, export, context, deadline).await
-                }
-            }
+        let silent = |_elapsed| {
+            Error::new(Kind::NbdTimeout, format!("connecting to {address}"))
+                .because(format!("no connection within {deadline:?}"))
         };
-        tokio::time::timeout(deadline, connect)
-            .await
-            .unwrap_or_else(|_elapsed| {
-                Err(
-                    Error::new(Kind::NbdTimeout, format!("connecting to {address}"))
-                        .because(format!("no handshake within {} s", deadline.as_secs())),
-                )
-            })
+        match address {
+            Address::Unix(path) => {
+                let stream = tokio::time::timeout(deadline, UnixStream::connect(path));
+                let stream = stream.await.map_err(silent)?.map_err(unreachable)?;
+                Self::over(stream, export, context, deadline).await
+            }
+            Address::Tcp(place) => {
+                let stream = tokio::time::timeout(deadline, TcpStream::connect(place));
+                let stream = stream.await.map_err(silent)?.map_err(unreachable)?;
+                // Requests are small, and each is waited for.
+                stream.set_nodelay(true).map_err(unreachable)?;
+                Self::over(stream, export, context, deadline).await
+            }
+        }
     }
 
     /// Speaks over any stream: the constructor for tests.
@@ -211,22 +145,26 @@ impl Client {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let export = negotiate(&mut stream, export, context).await?;
+        let negotiated =
+            tokio::time::timeout(deadline, negotiate(&mut stream, export, context)).await;
+        let export = negotiated.unwrap_or_else(|_elapsed| {
+            Err(
+                Error::new(Kind::NbdTimeout, "negotiating with the NBD server")
+                    .because(format!("no end of the handshake within {deadline:?}")),
+            )
+        })?;
         let (reader, writer) = tokio::io::split(stream);
         let shared = Arc::new(Shared::default());
         let alive = CancellationToken::new();
         let (outgoing, queue) = mpsc::unbounded_channel();
-        let incoming = Incoming {
-            reader,
-            stash: [0; STASH],
-            start: 0,
-            end: 0,
-            shared: Arc::clone(&shared),
-            replies: export.replies,
-            deadline,
-        };
         tokio::spawn(send(writer, queue, Arc::clone(&shared), alive.clone()));
-        let reader = tokio::spawn(receive(incoming, alive.clone()));
+        let reader = tokio::spawn(receive(
+            reader,
+            export.replies,
+            Arc::clone(&shared),
+            deadline,
+            alive.clone(),
+        ));
         let slots = Arc::new(Semaphore::new(IN_FLIGHT));
         Ok(Self {
             export,
@@ -326,12 +264,18 @@ impl Client {
     /// [`crate::nbd::status`]), contiguous from `offset`, for a prefix of the range.
     ///
     /// # Errors
-    /// As [`Client::submit_read`].
+    /// As [`Client::submit_read`]; [`Kind::InvalidRequest`] without a meta context.
     pub async fn submit_block_status(
         &self,
         offset: u64,
         length: u64,
     ) -> Result<Ticket<Vec<(u64, u64)>>> {
+        if self.export.context.is_none() {
+            return Err(
+                Error::new(Kind::InvalidRequest, "asking for NBD block status")
+                    .because("the connection has no meta context"),
+            );
+        }
         let range = offset..offset.saturating_add(length);
         self.submit(
             command::BLOCK_STATUS,
@@ -395,8 +339,7 @@ impl Client {
         table.pending.insert(
             cookie,
             Pending {
-                reply,
-                buffer,
+                work: Some(Work { reply, buffer }),
                 answer,
                 since: Instant::now(),
                 _slot: slot,
@@ -490,208 +433,7 @@ async fn send<W: AsyncWrite + Unpin>(
         () = alive.cancelled() => {}
         result = work => if let Err(error) = result {
             shared.kill(&Error::new(Kind::NbdClosed, "sending an NBD request").because(error));
+            alive.cancel();
         },
     }
-}
-
-async fn receive<R: AsyncRead + Unpin>(mut incoming: Incoming<R>, alive: CancellationToken) {
-    let error = tokio::select! {
-        () = alive.cancelled() => Error::new(Kind::NbdClosed, "reading NBD replies").because("the connection was closed"),
-        error = incoming.run() => error,
-    };
-    incoming.shared.kill(&error);
-}
-
-struct Incoming<R> {
-    reader: R,
-    stash: [u8; STASH],
-    start: usize,
-    end: usize,
-    shared: Arc<Shared>,
-    replies: Replies,
-    deadline: Duration,
-}
-
-impl<R: AsyncRead + Unpin> Incoming<R> {
-    /// Takes replies until the connection ends; tells how.
-    async fn run(&mut self) -> Error {
-        loop {
-            if let Err(error) = self.reply().await {
-                return error;
-            }
-        }
-    }
-
-    async fn reply(&mut self) -> Result<()> {
-        let mut bytes = [0; 32];
-        self.fill(&mut bytes[..4]).await?;
-        let simple = ReplyHeader::is_simple(&bytes);
-        let kind = if simple {
-            Replies::Simple
-        } else {
-            self.replies
-        };
-        let header = kind.header_bytes();
-        self.fill(&mut bytes[4..header]).await?;
-        let header = ReplyHeader::decode(&bytes)
-            .map_err(|magic| broken(format!("a reply with magic {magic:#x}")))?;
-        let extended = header.offset.is_some();
-        if !simple
-            && (self.replies == Replies::Simple || extended != (self.replies == Replies::Extended))
-        {
-            return Err(broken("a reply of a kind that was not negotiated"));
-        }
-        let pending = self.shared.table().pending.remove(&header.cookie);
-        let Some(mut pending) = pending else {
-            return Err(broken(format!(
-                "a reply with cookie {}, which no request waits for",
-                header.cookie
-            )));
-        };
-        match self.chunk(&header, simple, &mut pending).await {
-            Ok(()) if header.flags & chunk::FLAG_DONE == 0 => {
-                self.shared.table().pending.insert(header.cookie, pending);
-                Ok(())
-            }
-            Ok(()) => finish(pending, simple),
-            Err(error) => {
-                // This one is not in the table any more.
-                let told =
-                    Error::new(error.kind(), "waiting for an NBD reply").because(error.chain());
-                let _gone = pending.answer.send(Err(told));
-                Err(error)
-            }
-        }
-    }
-
-    async fn chunk(
-        &mut self,
-        header: &ReplyHeader,
-        simple: bool,
-        pending: &mut Pending,
-    ) -> Result<()> {
-        match pending.reply.header(header, simple).map_err(broken)? {
-            Body::None => {}
-            Body::All => {
-                if let Some(buffer) = &mut pending.buffer {
-                    self.fill(buffer).await?;
-                }
-            }
-            Body::Data(length) => {
-                let mut offset = [0; 8];
-                self.fill(&mut offset).await?;
-                let place = pending
-                    .reply
-                    .place(u64_at(&offset, 0), length)
-                    .map_err(broken)?;
-                self.fill(part(pending, &place)?).await?;
-            }
-            Body::Small(length) => {
-                let mut bytes = vec![0; length];
-                self.fill(&mut bytes).await?;
-                if let Some(hole) = pending.reply.small(header.kind, &bytes).map_err(broken)? {
-                    part(pending, &hole)?.fill(0);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    async fn fill(&mut self, mut rest: &mut [u8]) -> Result<()> {
-        while !rest.is_empty() {
-            if self.start < self.end {
-                let length = rest.len().min(self.end - self.start);
-                let (head, tail) = rest.split_at_mut(length);
-                head.copy_from_slice(&self.stash[self.start..self.start + length]);
-                self.start += length;
-                rest = tail;
-            } else if rest.len() >= STASH {
-                let length = read_some(&mut self.reader, rest, &self.shared, self.deadline).await?;
-                rest = &mut rest[length..];
-            } else {
-                self.start = 0;
-                self.end = 0;
-                self.end = read_some(
-                    &mut self.reader,
-                    &mut self.stash,
-                    &self.shared,
-                    self.deadline,
-                )
-                .await?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Reads what is there; waits as long as no request waits longer than `deadline`.
-async fn read_some<R: AsyncRead + Unpin>(
-    reader: &mut R,
-    bytes: &mut [u8],
-    shared: &Shared,
-    deadline: Duration,
-) -> Result<usize> {
-    loop {
-        match tokio::time::timeout(deadline, reader.read(bytes)).await {
-            Ok(Ok(0)) => {
-                return Err(
-                    Error::new(Kind::NbdClosed, "reading NBD replies").because("end of file")
-                );
-            }
-            Ok(Ok(length)) => return Ok(length),
-            Ok(Err(error)) => {
-                return Err(Error::new(Kind::NbdClosed, "reading NBD replies").because(error));
-            }
-            Err(_elapsed) => {
-                let table = shared.table();
-                let late = table
-                    .pending
-                    .values()
-                    .any(|pending| pending.since.elapsed() >= deadline);
-                if late {
-                    return Err(Error::new(Kind::NbdTimeout, "reading NBD replies").because(
-                        format!("the server was silent for {} ms", deadline.as_millis()),
-                    ));
-                }
-            }
-        }
-    }
-}
-
-fn part<'a>(pending: &'a mut Pending, place: &std::ops::Range<u64>) -> Result<&'a mut [u8]> {
-    let index = |at: u64| usize::try_from(at).unwrap_or(usize::MAX);
-    pending
-        .buffer
-        .as_mut()
-        .and_then(|buffer| buffer.get_mut(index(place.start)..index(place.end)))
-        .ok_or_else(|| broken("bytes for a request that has no buffer"))
-}
-
-fn finish(pending: Pending, simple: bool) -> Result<()> {
-    let Pending {
-        reply,
-        buffer,
-        answer,
-        ..
-    } = pending;
-    let verdict = match reply.finish(simple) {
-        Ok(verdict) => verdict,
-        Err(lie) => {
-            let _gone = answer.send(Err(broken(lie.clone())));
-            return Err(broken(lie));
-        }
-    };
-    let result = match (verdict, buffer) {
-        (Verdict::Refused(error), _) => Err(error),
-        (Verdict::Extents(extents), _) => Ok(Answer::Extents(extents)),
-        (Verdict::Done, Some(buffer)) => Ok(Answer::Bytes(buffer)),
-        (Verdict::Done, None) => Ok(Answer::Done),
-    };
-    // Whoever asked may be gone; the reply is drained all the same.
-    let _gone = answer.send(result);
-    Ok(())
-}
-
-fn broken(what: impl Into<String>) -> Error {
-    Error::new(Kind::NbdProtocol, "reading NBD replies").because(what.into())
 }

@@ -101,7 +101,8 @@ impl Found {
         if !power
             || min > 64 * 1024
             || preferred < min
-            || (max != u32::MAX && (max < preferred || max % min != 0))
+            || (max != u32::MAX
+                && (u64::from(max) < size.min(preferred.into()) || !max.is_multiple_of(min)))
         {
             return Err(broken(format!(
                 "block sizes that cannot be: {min}, {preferred}, {max}"
@@ -256,7 +257,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<'_, S> {
                     }
                     id = Some(u32_at(&reply.data, 0));
                 }
-                _ if reply.is_refusal() => return Err(reply.refusal("a meta context")),
+                _ if reply.is_refusal() => {
+                    return Err(reply.refusal(&format!("meta context {context:?}")));
+                }
                 kind => {
                     return Err(broken(format!(
                         "a reply of type {kind} to SET_META_CONTEXT"

@@ -20,8 +20,8 @@ use crate::nbd::wire::{
     MAX_ERROR_PAYLOAD, MAX_EXTENTS, Replies, ReplyHeader, chunk, command, u16_at, u32_at, u64_at,
 };
 
-/// Most chunks of one reply: a READ of 32 MiB in sectors.
-const MAX_CHUNKS: usize = 64 * 1024;
+/// Most chunks of one reply: a READ of 32 MiB in sectors, and the end.
+const MAX_CHUNKS: usize = 64 * 1024 + 1;
 
 /// What is known of a request that waits for its reply.
 #[derive(Debug)]
@@ -128,7 +128,8 @@ impl Reply {
                 Ok(Body::Small(length))
             }
             (kind, command) => Err(format!(
-                "a chunk of kind {kind} with {length} bytes to command {command}"
+                "a chunk of kind {kind} with {length} bytes to command {}",
+                command_name(command)
             )),
         }
     }

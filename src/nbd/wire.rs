@@ -146,6 +146,18 @@ pub enum Replies {
 }
 
 impl Replies {
+    /// The kind of a reply that starts with `magic`. A server may answer some
+    /// requests with simple replies whatever was negotiated ("Simple reply message").
+    #[must_use]
+    pub fn of_magic(magic: u32) -> Option<Self> {
+        match magic {
+            SIMPLE_REPLY_MAGIC => Some(Self::Simple),
+            STRUCTURED_REPLY_MAGIC => Some(Self::Structured),
+            EXTENDED_REPLY_MAGIC => Some(Self::Extended),
+            _ => None,
+        }
+    }
+
     /// Bytes of a reply's header.
     #[must_use]
     pub fn header_bytes(self) -> usize {
@@ -251,45 +263,33 @@ number!(u32_at, u32);
 number!(u64_at, u64);
 
 impl ReplyHeader {
-    /// Reads `replies.header_bytes()` bytes. With structured replies a server may
-    /// still send simple ones ("Simple reply message"), whose 16 bytes are a
-    /// prefix: [`ReplyHeader::is_simple`] tells before all are there.
-    ///
-    /// # Errors
-    /// The magic that was found.
-    pub fn decode(bytes: &[u8]) -> Result<Self, u32> {
-        match u32_at(bytes, 0) {
-            SIMPLE_REPLY_MAGIC => Ok(Self {
-                cookie: u64_at(bytes, 8),
+    /// Reads the first `kind.header_bytes()` bytes of a reply whose magic said
+    /// that it is of this kind ([`Replies::of_magic`]).
+    #[must_use]
+    pub fn decode(kind: Replies, bytes: &[u8]) -> Self {
+        let cookie = u64_at(bytes, 8);
+        if kind == Replies::Simple {
+            return Self {
+                cookie,
                 error: u32_at(bytes, 4),
                 flags: chunk::FLAG_DONE,
                 kind: chunk::NONE,
                 offset: None,
                 length: 0,
-            }),
-            STRUCTURED_REPLY_MAGIC => Ok(Self {
-                cookie: u64_at(bytes, 8),
-                error: 0,
-                flags: u16_at(bytes, 4),
-                kind: u16_at(bytes, 6),
-                offset: None,
-                length: u64::from(u32_at(bytes, 16)),
-            }),
-            EXTENDED_REPLY_MAGIC => Ok(Self {
-                cookie: u64_at(bytes, 8),
-                error: 0,
-                flags: u16_at(bytes, 4),
-                kind: u16_at(bytes, 6),
-                offset: Some(u64_at(bytes, 16)),
-                length: u64_at(bytes, 24),
-            }),
-            other => Err(other),
+            };
         }
-    }
-
-    /// Whether a header that starts with these bytes is a simple reply's.
-    #[must_use]
-    pub fn is_simple(first: &[u8]) -> bool {
-        u32_at(first, 0) == SIMPLE_REPLY_MAGIC
+        let extended = kind == Replies::Extended;
+        Self {
+            cookie,
+            error: 0,
+            flags: u16_at(bytes, 4),
+            kind: u16_at(bytes, 6),
+            offset: extended.then(|| u64_at(bytes, 16)),
+            length: if extended {
+                u64_at(bytes, 24)
+            } else {
+                u64::from(u32_at(bytes, 16))
+            },
+        }
     }
 }
