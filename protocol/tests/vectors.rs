@@ -1,6 +1,8 @@
 //! The vectors: each valid chain is accepted, each damaged one refused where the
 //! index says, however the bytes are cut.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::path::{Path, PathBuf};
 
 use qemu_fleece_protocol::stream::{Damage, Reader};

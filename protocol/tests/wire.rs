@@ -1,5 +1,7 @@
 //! The types against the specification, the schema, and JSON.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
 use std::path::Path;
 
 use proptest::prelude::*;
