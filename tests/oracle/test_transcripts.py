@@ -10,60 +10,17 @@ come at any time and is passed over. `$DIR` stands for a folder of the test.
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import tempfile
 import unittest
+
+from .machine import Machine
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "protocol/examples"
 PLUGIN = os.environ.get("QEMU_FLEECE", str(ROOT / "target/debug/qemu-fleece"))
 VOLATILE = {"time_ms", "duration_ms", "scratch_peak", "version", "qemu_version", "message", "our_objects"}
 IDS = {"backup", "restore"}
-TIMEOUT = 60
-
-
-class Machine:
-    """A QEMU that does not run its processor: one qcow2 disk of 192 KiB, two monitors."""
-
-    def __init__(self, folder):
-        image = folder / "disk0.qcow2"
-        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "192K"], check=True)
-        # QEMU connects to this one: its greeting says that the other one listens.
-        listener = socket.socket(socket.AF_UNIX)
-        listener.bind(str(folder / "own.sock"))
-        listener.listen()
-        self.process = subprocess.Popen(
-            ["qemu-system-x86_64", "-S", "-machine", "q35", "-accel", "tcg", "-nodefaults", "-display", "none",
-             "-blockdev", f"driver=qcow2,node-name=disk0,file.driver=file,file.filename={image}",
-             "-device", "virtio-blk-pci,drive=disk0,id=disk0,share-rw=on",
-             "-qmp", f"unix:{folder}/qmp.sock,server=on,wait=off",
-             "-chardev", f"socket,id=own,path={folder}/own.sock", "-mon", "chardev=own,mode=control"],
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        listener.settimeout(TIMEOUT)
-        with listener:
-            connection, _ = listener.accept()
-        self.monitor = connection.makefile("rw", buffering=1)
-        connection.close()
-        json.loads(self.monitor.readline())
-        self.execute("qmp_capabilities")
-
-    def execute(self, command, **arguments):
-        self.monitor.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        while True:
-            answer = json.loads(self.monitor.readline())
-            if "event" not in answer:
-                return answer["return"]
-
-    def io(self, command):
-        printed = self.execute("human-monitor-command", **{"command-line": f'qemu-io disk0 "{command}"'})
-        if printed:
-            raise AssertionError(f"{command}: {printed}")
-
-    def close(self):
-        self.monitor.close()
-        self.process.kill()
-        self.process.wait()
 
 
 class Replay:
@@ -80,7 +37,7 @@ class Replay:
                 rest = rest.replace(f'"{known}"', f'"{actual}"')
             self.plugin.stdin.write(rest + "\n")
         elif mark == "! ":
-            self.machine.io(rest)
+            self.machine.io(0, rest)
         elif mark == "< ":
             actual = self.answer()
             self.match(json.loads(rest), actual, "")
@@ -131,7 +88,7 @@ class Transcripts(unittest.TestCase):
         for name in names:
             with self.subTest(name.name), tempfile.TemporaryDirectory() as folder:
                 folder = pathlib.Path(folder)
-                machine = Machine(folder)
+                machine = Machine(folder, [{"size": 192 * 1024}])
                 try:
                     replay = Replay(folder, machine)
                     try:
