@@ -21,7 +21,7 @@ use crate::nbd::wire::{
 pub struct Export {
     /// Bytes.
     pub size: u64,
-    /// Transmission flags, of [`wire::flag`].
+    /// Transmission flags, of [`crate::nbd::wire::flag`].
     pub flags: u16,
     /// Offsets and lengths are multiples of it; 1 where the server says nothing.
     pub min_block: u32,
@@ -36,7 +36,7 @@ pub struct Export {
 }
 
 impl Export {
-    /// Whether a flag of [`wire::flag`] is set.
+    /// Whether a flag of [`crate::nbd::wire::flag`] is set.
     #[must_use]
     pub fn has(&self, flag: u16) -> bool {
         self.flags & flag != 0
