@@ -334,3 +334,108 @@ fn errno_name(error: u32) -> String {
     };
     name.to_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const AT: u64 = 1000;
+
+    fn chunk_of(kind: u16, flags: u16, length: u64) -> ReplyHeader {
+        ReplyHeader {
+            cookie: 1,
+            error: 0,
+            flags,
+            kind,
+            offset: None,
+            length,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_read_is_done_when_each_byte_came_once(
+            chunks in proptest::collection::vec((0u64..40, 1u64..20), 0..8), exact: bool,
+        ) {
+            // Half of the cases: pieces that fit together, in another order.
+            let chunks: Vec<(u64, u64)> = if exact {
+                let mut ends: Vec<u64> = chunks.iter().map(|(at, _)| at % 31 + 1).chain([32]).collect();
+                ends.sort_unstable();
+                ends.dedup();
+                let mut starts = vec![0];
+                starts.extend(ends.iter().take_while(|end| **end < 32));
+                starts.into_iter().zip(ends).map(|(start, end)| (start, end.min(32) - start)).rev().collect()
+            } else {
+                chunks
+            };
+            let mut reply = Reply::new(command::READ, AT..AT + 32, Replies::Structured, None);
+            let mut naive = [0u8; 32];
+            for (at, bytes) in chunks {
+                let inside = at + bytes <= 32;
+                let fresh = inside && (at..at + bytes).all(|at| naive[usize::try_from(at).unwrap()] == 0);
+                let place = reply.place(AT + at, bytes);
+                prop_assert_eq!(place.is_ok(), fresh);
+                let Ok(place) = place else { return Ok(()) };
+                prop_assert_eq!(place.clone(), at..at + bytes);
+                for at in place { naive[usize::try_from(at).unwrap()] = 1; }
+            }
+            prop_assert_eq!(reply.finish(false).is_ok(), naive.iter().all(|came| *came == 1));
+        }
+
+        #[test]
+        fn arbitrary_replies_never_ask_for_more_than_the_limits(
+            command in 0u16..9, wide: bool, simple: bool,
+            headers in proptest::collection::vec(
+                (prop_oneof![0u16..7, 0x8000u16..0x8004, any::<u16>()], any::<u16>(),
+                 prop_oneof![0u64..64, any::<u64>()], any::<[u8; 64]>(), any::<u64>()),
+                1..6),
+        ) {
+            let replies = if wide { Replies::Extended } else { Replies::Structured };
+            let range = AT..AT + 4096;
+            let mut reply = Reply::new(command, range.clone(), replies, Some(0));
+            for (kind, flags, length, bytes, offset) in headers {
+                let header = ReplyHeader { offset: wide.then_some(AT), ..chunk_of(kind, flags, length) };
+                match reply.header(&header, simple) {
+                    Err(_lie) => return Ok(()),
+                    Ok(Body::None | Body::All) => {}
+                    Ok(Body::Data(bytes)) => {
+                        prop_assert!(bytes <= 4096);
+                        if let Ok(place) = reply.place(offset, bytes) { prop_assert!(place.end <= 4096); }
+                    }
+                    Ok(Body::Small(length)) => {
+                        prop_assert!(length <= 8 + 16 * usize::try_from(MAX_EXTENTS).unwrap());
+                        // Bytes that are there; the client brings exactly as many.
+                        let bytes: Vec<u8> = bytes.iter().copied().cycle().take(length).collect();
+                        if let Ok(Some(hole)) = reply.small(kind, &bytes) { prop_assert!(hole.end <= 4096); }
+                    }
+                }
+            }
+            if let Ok(Verdict::Extents(extents)) = reply.finish(simple) {
+                prop_assert!(extents.iter().map(|(length, _)| length).sum::<u64>() <= 4096);
+            }
+        }
+
+        #[test]
+        fn any_32_bytes_are_some_header(bytes: [u8; 32], magic in 0usize..3) {
+            let kind = [Replies::Simple, Replies::Structured, Replies::Extended][magic];
+            let header = ReplyHeader::decode(kind, &bytes);
+            prop_assert_eq!(header.cookie.to_be_bytes(), <[u8; 8]>::try_from(&bytes[8..16]).unwrap());
+            prop_assert_eq!(header.offset.is_some(), kind == Replies::Extended);
+        }
+    }
+
+    #[test]
+    fn a_read_of_sectors_fits_into_the_limit_of_chunks() {
+        let size = 32 << 20;
+        let mut reply = Reply::new(command::READ, 0..size, Replies::Structured, None);
+        for at in (0..size).step_by(512) {
+            let header = chunk_of(chunk::OFFSET_DATA, 0, 8 + 512);
+            assert_eq!(reply.header(&header, false), Ok(Body::Data(512)));
+            reply.place(at, 512).unwrap();
+        }
+        let end = chunk_of(chunk::NONE, chunk::FLAG_DONE, 0);
+        assert_eq!(reply.header(&end, false), Ok(Body::None));
+        assert!(matches!(reply.finish(false), Ok(Verdict::Done)));
+    }
+}

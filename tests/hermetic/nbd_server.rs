@@ -304,10 +304,15 @@ impl Peer {
 
     /// Takes a request's header.
     pub(crate) async fn request(&mut self) -> Asked {
-        let magic = self.u32().await;
+        self.request_or_end().await.expect("a request")
+    }
+
+    /// The same; `None` when the client has hung up instead.
+    pub(crate) async fn request_or_end(&mut self) -> Option<Asked> {
+        let magic = self.stream.read_u32().await.ok()?;
         let extended = self.style == Style::Extended;
         assert_eq!(magic, if extended { 0x21e4_1c71 } else { 0x2560_9513 });
-        Asked {
+        Some(Asked {
             style: self.style,
             flags: self.u16().await,
             command: self.u16().await,
@@ -317,7 +322,7 @@ impl Peer {
                 true => self.u64().await,
                 false => self.u32().await.into(),
             },
-        }
+        })
     }
 
     /// Takes a payload.
