@@ -2,6 +2,7 @@
 //! one more request under way: who holds none cannot ask QEMU for bytes, so
 //! replies always find room and memory stays bounded whatever the host does.
 
+use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -56,12 +57,18 @@ impl Pool {
 }
 
 /// Bytes from a [`Pool`]; they go back to it on drop.
-#[derive(Debug)]
 pub struct Buffer {
     bytes: Vec<u8>,
     idle: Arc<Mutex<Vec<Vec<u8>>>>,
     // Dropped after `drop` has put the bytes back, so that the next taker finds them.
     _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl fmt::Debug for Buffer {
+    /// Only the length: a guest's data belongs in no log.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buffer({} bytes)", self.bytes.len())
+    }
 }
 
 impl Drop for Buffer {
