@@ -188,8 +188,10 @@ def raise_first_error(futures, sinks):
 def entry(sink, reply, base, new):
     """A disk in the manifest: what it is, what it builds on, what it must add up to."""
     planned = sink.planned
+    # What it cost the VM's side: for the operator, and absent with a plugin that does not tell.
+    cost = {name: reply.get(name) for name in ("read_bytes", "scratch_peak")}
     try:
-        sums = sink.finish(reply)
+        sums = dict(sink.finish(reply), **cost)
     except Damage as damage:
         raise BackupFailed("disk %s: %s" % (planned["disk"], damage)) from damage
     incremental = planned["mode"] == "incremental"
