@@ -1,0 +1,180 @@
+"""Formats, carriers, monitors and versions of QEMU: every byte of every backup is right.
+
+A guest writes, discards and zeroes all the time; each backup's streams, applied to the
+images of the backup before, must equal the oracle's copy of the same instant.
+"""
+
+import json
+import pathlib
+import shutil
+import tempfile
+import unittest
+
+from . import support
+from .guest import MIB, Disk, Guest
+from .support import DAEMON, DAEMON_7_2, QEMU, QEMU_7_2, Backup, Relay, Rig
+
+# The writers stay below; what happens above is known.
+QUIET = 16 * MIB
+STEP = 8 * MIB
+TARGETS = ["disk0", "disk1", "disk2"]
+# The daemon gives all its disks one serial number.
+DEVICES = ["/dev/vda", "/dev/vdb"]
+
+
+class Daemon:
+    """A storage daemon whose disks a guest has, over vhost-user.
+
+    Not over NBD: the daemon's one NBD server is the plugin's.
+    """
+
+    def __init__(self, disks, program, qemu):
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="fleece-daemon-"))
+        self.qmp = [str(self.folder / f"qmp{n}") for n in range(3)]
+        self.process = self.guest = None
+        try:
+            self._start(disks, program, qemu)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, disks, program, qemu):
+        command = [program]
+        guest = ["-object", "memory-backend-memfd,id=memory,size=256M,share=on", "-numa", "node,memdev=memory"]
+        for number, disk in enumerate(disks):
+            node, path = f"disk{number}", self.folder / f"disk{number}.{disk.format}"
+            support.make_image(path, disk.format, disk.size)
+            file = {"driver": "file", "filename": str(path), "discard": "unmap"}
+            image = {"driver": disk.format, "node-name": node, "discard": "unmap", "file": file}
+            command += ["--blockdev", json.dumps(image)]
+            socket = f"{self.folder}/{node}.sock"
+            address = f"addr.type=unix,addr.path={socket}"
+            command += ["--export", f"vhost-user-blk,id={node},node-name={node},writable=on,{address}"]
+            guest += ["-chardev", f"socket,id={node},path={socket},reconnect=1"]
+            guest += ["-device", f"vhost-user-blk-pci,chardev={node},num-queues=1,id=dev{number}"]
+        style = ("--chardev", "--monitor", "chardev={}")
+        self.process = support.spawn_with_monitors(command, self.qmp, self.folder, style)
+        support.Qmp(self.qmp[0]).close()  # Its greeting: everything before is set up.
+        self.guest = Guest([], qemu=qemu, arguments=guest)
+
+    def run(self, command):
+        return self.guest.run(command)
+
+    def close(self):
+        if self.guest:
+            self.guest.close()
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Matrix(support.Test):
+    limit = 150
+
+    def backups(self, rig, targets, carrier="framed", monitor=None):
+        """A full and three incrementals of a busy machine."""
+        run = rig.machine.run
+        for number, target in enumerate(targets):
+            run(f"write {target} 0 8M {number + 1}")
+            run(f"write {target} {QUIET} {3 * STEP} {number + 1}")
+            run(f"start w{number} {target} from=0 to={QUIET} zero=20 discard=20 seed={number + 1}")
+        base = None
+        with rig.plugin(carrier) as plugin:
+            for step in range(4):
+                if base:
+                    for target in targets:
+                        self.change(run, target, QUIET + (step - 1) * STEP)
+                name = f"c{step}"
+                backup = Backup(plugin, monitor or rig.monitor, base=base, checkpoint=name)
+                self.assertEqual(len(targets), len(backup.disks))
+                before = self.writes(run, targets)
+                backup.read_all(rig)
+                for one, other in zip(before, self.writes(run, targets)):
+                    self.assertLess(one, other, "nothing was written meanwhile")
+                self.compare(rig, backup, name)
+                for stream in backup.streams.values():
+                    self.check(stream, base, name, step)
+                self.assertEqual(sorted(backup.disks), sorted(backup.commit()["committed"]))
+                self.assertEqual([], support.ours(rig.qmp))
+                base = name
+        for number in range(len(targets)):
+            run(f"stop w{number}")
+        self.assertEqual([], rig.files())
+
+    def writes(self, run, targets):
+        answers = (run(f"stat w{number}") for number in range(len(targets)))
+        return [int(answer.split()[0].removeprefix("writes=")) for answer in answers]
+
+    def change(self, run, target, at):
+        """Old data that becomes zeros in each of three ways, and new data."""
+        # Less than a cluster would not be discarded, and stay as it is.
+        run(f"zeroout {target} {at} 2M")
+        run(f"discard {target} {at + 2 * MIB} 2M")
+        run(f"zero {target} {at + 4 * MIB} 2M")
+        run(f"write {target} {at + 6 * MIB} 64K 99")
+
+    def check(self, stream, base, name, step):
+        begin, end = stream.begin, stream.end
+        self.assertEqual((base, name), (begin.get("base"), begin["checkpoint"]))
+        self.assertNotIn("reason", begin)
+        if base is None:
+            self.assertEqual("full", begin["mode"])
+            self.assertEqual(0, end["same_bytes"])
+            return
+        self.assertEqual("incremental", begin["mode"])
+        at = QUIET + (step - 1) * STEP
+        self.assertEqual({"zero"}, stream.kinds(at, at + 6 * MIB))
+        self.assertEqual({"data"}, stream.kinds(at + 6 * MIB, at + 6 * MIB + 65536))
+        # Nobody has touched what lies behind the quiet area.
+        self.assertEqual({"same"}, stream.kinds(QUIET + 3 * STEP, begin["size"]))
+        self.assertLess(end["data_bytes"] + end["zero_bytes"], begin["size"])
+
+    def compare(self, rig, backup, what):
+        images = rig.oracle()
+        for disk in backup.disks:
+            node = f"disk{disk[-1]}"
+            self.assert_equal_files(rig.image(disk), images[node], f"{what}: {disk}")
+        rig.forget()
+
+    def guest(self, qemu, iothread):
+        disks = [
+            # No multiple of anything but a sector.
+            Disk(size=44 * MIB + 1536, format="raw", iothread=iothread),
+            Disk(size=48 * MIB, iothread=iothread),
+            Disk(size=44 * MIB + 512, cluster_size=2 * MIB, iothread=iothread),
+        ]
+        return Rig(Guest(disks, qemu=qemu))
+
+    def test_iothreads(self):
+        with self.guest(QEMU, True) as rig:
+            self.backups(rig, TARGETS)
+
+    def test_no_iothreads_and_bytes_inline(self):
+        with self.guest(QEMU, False) as rig:
+            self.backups(rig, TARGETS, carrier="inline")
+
+    def test_qemu_7_2(self):
+        with self.guest(QEMU_7_2, False) as rig:
+            self.backups(rig, TARGETS)
+
+    def test_a_monitor_over_tcp(self):
+        disks = [Disk(size=48 * MIB, iothread=True), Disk(size=44 * MIB, format="raw")]
+        with Rig(Guest(disks)) as rig:
+            relay = Relay(rig.monitor.removeprefix("unix:"))
+            self.addCleanup(relay.close)
+            self.backups(rig, TARGETS[:2], monitor=relay.address)
+
+    def test_a_storage_daemon(self):
+        disks = [Disk(size=48 * MIB), Disk(size=44 * MIB, format="raw")]
+        with Rig(Daemon(disks, DAEMON, QEMU)) as rig:
+            self.backups(rig, DEVICES)
+
+    def test_a_storage_daemon_of_7_2(self):
+        disks = [Disk(size=48 * MIB), Disk(size=44 * MIB, format="raw")]
+        with Rig(Daemon(disks, DAEMON_7_2, QEMU_7_2)) as rig:
+            self.backups(rig, DEVICES, carrier="inline")
+
+
+if __name__ == "__main__":
+    unittest.main()
