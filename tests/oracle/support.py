@@ -115,9 +115,10 @@ class Rig(Places):
     `machine` has three monitors in `qmp` and can be closed: Guest, Vm or Daemon.
     """
 
-    def __init__(self, machine):
+    def __init__(self, machine, images=None):
         super().__init__()
         self.machine = machine
+        self.images = images or self.folder
         self.monitor = f"unix:{self.folder}/qmp"
         self.copies = self.folder / "oracle"
         self.proxy = self.qmp = None
@@ -144,7 +145,19 @@ class Rig(Places):
 
     def image(self, disk):
         """Where streams of a disk are applied, one after the other."""
-        return self.folder / f"{disk}.image"
+        return self.images / f"{disk}.image"
+
+    def compare(self, test, backup, nodes):
+        """Holds the images of a backup's disks, of these nodes, against the oracle's."""
+        copies = self.oracle()
+        for disk in backup.streams:
+            test.assert_equal_files(self.image(disk), copies[nodes[disk]], disk)
+        self.forget()
+
+    def checkpoints(self, plugin):
+        """The names of each disk's checkpoints."""
+        found = plugin.call("vm.inspect", {"monitor": self.monitor}, SECONDS)["disks"]
+        return {disk["disk"]: [each["checkpoint"] for each in disk["checkpoints"]] for disk in found}
 
     def close(self):
         self.machine.close()
@@ -159,6 +172,61 @@ class Rig(Places):
 
     def __exit__(self, *_):
         self.close()
+
+
+class Wire:
+    """The plugin's process and its lines one by one, for hosts that behave oddly."""
+
+    def __init__(self, command, carrier="framed"):
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._ids = 0
+        hello = {"protocols": [1], "carrier": carrier, "host": {"name": "test", "version": "0"}}
+        self.call("hello", hello)
+
+    def send(self, method, params):
+        """Sends a request: its id."""
+        self._ids += 1
+        message = {"jsonrpc": "2.0", "id": self._ids, "method": method, "params": params}
+        self.process.stdin.write(json.dumps(message).encode() + b"\n")
+        self.process.stdin.flush()
+        return self._ids
+
+    def receive(self):
+        """The next message and its payload; None at the end."""
+        line = self.process.stdout.readline()
+        if not line:
+            return None
+        message = json.loads(line)
+        return message, self.process.stdout.read(message.get("payload_bytes", 0))
+
+    def reply(self, id):
+        """The reply to a request; what comes before it is passed over."""
+        while (received := self.receive()) is not None:
+            if received[0].get("id") == id:
+                return received[0]
+        raise AssertionError("the plugin ended")
+
+    def call(self, method, params):
+        reply = self.reply(self.send(method, params))
+        if "error" in reply:
+            raise AssertionError(f"{method}: {reply['error']}")
+        return reply["result"]
+
+    def wait(self):
+        """Its exit status, however it ends."""
+        return self.process.wait(SECONDS)
+
+    def close(self):
+        for file in (self.process.stdin, self.process.stdout):
+            try:
+                file.close()
+            except OSError:
+                pass  # What was not sent has no reader.
+        try:
+            self.process.wait(SECONDS)
+        finally:
+            self.process.kill()
+            self.process.wait()
 
 
 class Stream:
