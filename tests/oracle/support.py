@@ -327,22 +327,13 @@ class Backup:
         return self.call("abort")
 
 
-class Vm:
-    """A QEMU whose processor does not run: made at once, and written to by `io`.
+class Machine:
+    """A process of QEMU's with three monitors, in a folder of its own; leaving `with` kills it."""
 
-    `arguments` give its disks. It has three monitors; leaving `with` kills it.
-    """
-
-    def __init__(self, arguments, qemu=QEMU):
-        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="fleece-vm-"))
+    def __init__(self, command, *style):
+        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="fleece-machine-"))
         self.qmp = [str(self.folder / f"qmp{n}") for n in range(3)]
-        command = [qemu, "-S", "-machine", "q35", "-accel", "tcg", "-nodefaults", "-display", "none"]
-        self.process = spawn_with_monitors([*command, *arguments], self.qmp, self.folder)
-
-    def io(self, device, command):
-        """qemu-io's command, through the device: as the guest's own write."""
-        with Qmp(self.qmp[0]) as qmp:
-            io(qmp, device, command)
+        self.process = spawn_with_monitors(command, self.qmp, self.folder, *style)
 
     def close(self):
         self.process.kill()
@@ -356,9 +347,23 @@ class Vm:
         self.close()
 
 
-def spawn_with_monitors(command, paths, folder, monitors=("-chardev", "-mon", "chardev={},mode=control")):
+class Vm(Machine):
+    """A QEMU whose processor does not run; `io` writes as its guest would. Has these disks."""
+
+    def __init__(self, arguments, qemu=QEMU):
+        start = [qemu, "-S", "-machine", "q35", "-accel", "tcg", "-nodefaults", "-display", "none"]
+        super().__init__([*start, *arguments])
+
+
+class Daemon(Machine):
+    """A qemu-storage-daemon with these images."""
+
+    def __init__(self, arguments, program=DAEMON):
+        super().__init__([program, *arguments], "--chardev", "--monitor", "chardev={}")
+
+
+def spawn_with_monitors(command, paths, folder, chardev="-chardev", mon="-mon", value="chardev={},mode=control"):
     """Starts QEMU with monitors on sockets that listen already: nobody waits for them."""
-    chardev, mon, value = monitors
     listeners = []
     for number, path in enumerate(paths):
         listener = socket.socket(socket.AF_UNIX)
@@ -393,12 +398,16 @@ def make_image(path, format="qcow2", size="16M", *options):
     subprocess.run(["qemu-img", "create", "-q", "-f", format, *options, str(path), str(size)], check=True)
 
 
+def blockdev(node, path, format):
+    """An image's options."""
+    file = {"driver": "file", "filename": str(path), "discard": "unmap"}
+    return json.dumps({"driver": format, "node-name": node, "discard": "unmap", "file": file})
+
+
 def virtio(node, path, format="qcow2", device=None):
     """Arguments of one virtio-blk disk: its device is `device`, else `dev-NODE`."""
     name = device or f"dev-{node}"
-    file = {"driver": "file", "filename": str(path), "discard": "unmap"}
-    blockdev = {"driver": format, "node-name": node, "discard": "unmap", "file": file}
-    return ["-blockdev", json.dumps(blockdev), "-device", f"virtio-blk-pci,drive={node},id={name}"]
+    return ["-blockdev", blockdev(node, path, format), "-device", f"virtio-blk-pci,drive={node},id={name}"]
 
 
 class Relay:

@@ -4,7 +4,6 @@ A guest writes, discards and zeroes all the time; each backup's streams, applied
 images of the backup before, must equal the oracle's copy of the same instant.
 """
 
-import json
 import pathlib
 import shutil
 import tempfile
@@ -23,40 +22,33 @@ TARGETS = ["disk0", "disk1", "disk2"]
 DEVICES = ["/dev/vda", "/dev/vdb"]
 
 
-class Daemon:
+class BusyDaemon(support.Daemon):
     """A storage daemon whose disks a guest has, over vhost-user.
 
     Not over NBD: the daemon's one NBD server is the plugin's.
     """
 
     def __init__(self, disks, program, qemu):
-        self.folder = pathlib.Path(tempfile.mkdtemp(prefix="fleece-daemon-"))
-        self.qmp = [str(self.folder / f"qmp{n}") for n in range(3)]
-        self.process = self.guest = None
+        self.guest = None
+        self.sockets = pathlib.Path(tempfile.mkdtemp(prefix="fleece-vhost-"))
+        command = []
+        guest = ["-object", "memory-backend-memfd,id=memory,size=256M,share=on", "-numa", "node,memdev=memory"]
+        for number, disk in enumerate(disks):
+            node, path = f"disk{number}", self.sockets / f"disk{number}"
+            support.make_image(path, disk.format, disk.size)
+            command += ["--blockdev", support.blockdev(node, path, disk.format)]
+            socket = f"{path}.sock"
+            address = f"addr.type=unix,addr.path={socket}"
+            command += ["--export", f"vhost-user-blk,id={node},node-name={node},writable=on,{address}"]
+            guest += ["-chardev", f"socket,id={node},path={socket}"]
+            guest += ["-device", f"vhost-user-blk-pci,chardev={node},num-queues=1,id=dev{number}"]
+        super().__init__(command, program)
         try:
-            self._start(disks, program, qemu)
+            support.Qmp(self.qmp[0]).close()  # Its greeting: everything before is set up.
+            self.guest = Guest([], qemu=qemu, arguments=guest)
         except BaseException:
             self.close()
             raise
-
-    def _start(self, disks, program, qemu):
-        command = [program]
-        guest = ["-object", "memory-backend-memfd,id=memory,size=256M,share=on", "-numa", "node,memdev=memory"]
-        for number, disk in enumerate(disks):
-            node, path = f"disk{number}", self.folder / f"disk{number}.{disk.format}"
-            support.make_image(path, disk.format, disk.size)
-            file = {"driver": "file", "filename": str(path), "discard": "unmap"}
-            image = {"driver": disk.format, "node-name": node, "discard": "unmap", "file": file}
-            command += ["--blockdev", json.dumps(image)]
-            socket = f"{self.folder}/{node}.sock"
-            address = f"addr.type=unix,addr.path={socket}"
-            command += ["--export", f"vhost-user-blk,id={node},node-name={node},writable=on,{address}"]
-            guest += ["-chardev", f"socket,id={node},path={socket},reconnect=1"]
-            guest += ["-device", f"vhost-user-blk-pci,chardev={node},num-queues=1,id=dev{number}"]
-        style = ("--chardev", "--monitor", "chardev={}")
-        self.process = support.spawn_with_monitors(command, self.qmp, self.folder, style)
-        support.Qmp(self.qmp[0]).close()  # Its greeting: everything before is set up.
-        self.guest = Guest([], qemu=qemu, arguments=guest)
 
     def run(self, command):
         return self.guest.run(command)
@@ -64,10 +56,8 @@ class Daemon:
     def close(self):
         if self.guest:
             self.guest.close()
-        if self.process:
-            self.process.kill()
-            self.process.wait()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        super().close()
+        shutil.rmtree(self.sockets, ignore_errors=True)
 
 
 class Matrix(support.Test):
@@ -161,12 +151,12 @@ class Matrix(support.Test):
 
     def test_a_storage_daemon(self):
         disks = [Disk(size=48 * MIB), Disk(size=44 * MIB, format="raw")]
-        with Rig(Daemon(disks, DAEMON, QEMU)) as rig:
+        with Rig(BusyDaemon(disks, DAEMON, QEMU)) as rig:
             self.backups(rig, DEVICES)
 
     def test_a_storage_daemon_of_7_2(self):
         disks = [Disk(size=48 * MIB), Disk(size=44 * MIB, format="raw")]
-        with Rig(Daemon(disks, DAEMON_7_2, QEMU_7_2)) as rig:
+        with Rig(BusyDaemon(disks, DAEMON_7_2, QEMU_7_2)) as rig:
             self.backups(rig, DEVICES, carrier="inline")
 
 
