@@ -21,7 +21,7 @@ from .qmp import Qmp
 
 sys.path.insert(0, str(ROOT / "integrations/python"))
 from fleece_host.plugin import Plugin, PluginError  # noqa: E402
-from fleece_host.stream import Checker, StreamFailed, write_record  # noqa: E402
+from fleece_host.stream import Checker, StreamFailed, read_stream, write_record  # noqa: E402
 
 PLUGIN = os.environ.get("QEMU_FLEECE", str(ROOT / "target/debug/qemu-fleece"))
 QEMU = "qemu-system-x86_64"
