@@ -120,11 +120,16 @@ pub async fn disks(qmp: &Qmp) -> Result<Vec<Disk>> {
     let devices = query::block_devices(qmp).await?;
     let mut disks = Vec::new();
     for device in devices {
-        let iothread = match &device.qdev {
-            Some(path) if device.inserted.is_some() => iothread(qmp, path).await?,
-            _ => None,
-        };
-        disks.push(from_device(device, iothread));
+        let (mut on, mut firmware) = (None, false);
+        if let Some(qdev) = &device.qdev
+            && device.inserted.is_some()
+        {
+            let path = qom_path(qdev);
+            on = iothread(qmp, &path).await?;
+            let kind = property(qmp, &path, "type").await?;
+            firmware = kind.is_some_and(|kind| kind.starts_with("cfi.pflash"));
+        }
+        disks.push(from_device(device, on, firmware));
     }
     if disks.is_empty() {
         disks = query::named_block_nodes(qmp)
@@ -137,30 +142,47 @@ pub async fn disks(qmp: &Qmp) -> Result<Vec<Disk>> {
     Ok(disks)
 }
 
-/// The iothread of a device; `None` where it has none, or cannot have one.
+/// The path of a device that is named by its id, as `query-block` does for some.
+fn qom_path(qdev: &str) -> String {
+    if qdev.starts_with('/') {
+        qdev.to_owned()
+    } else {
+        format!("/machine/peripheral/{qdev}")
+    }
+}
+
+/// The iothread that serves a device; `None` where it has none, or cannot have one.
 async fn iothread(qmp: &Qmp, device: &str) -> Result<Option<String>> {
-    // A virtio-blk's backend is a child of the device that has the property.
-    for path in [
+    // A virtio-blk's backend is a child of the device that has the property; a
+    // SCSI disk is served by its controller, of which its bus is a child.
+    let bus = property(qmp, device, "parent_bus").await?;
+    let controller = bus.as_deref().and_then(|bus| bus.rsplit_once('/'));
+    let places = [
         device,
         device.strip_suffix("/virtio-backend").unwrap_or(device),
-    ] {
-        for property in ["iothread", "iothread-vq-mapping"] {
-            match query::property(qmp, path, property).await {
-                Ok(Some(found)) => return Ok(Some(found)),
-                Ok(None) => {}
-                Err(error) if error.kind() == Kind::QemuRefused => {}
-                Err(error) => {
-                    return Err(
-                        Error::new(error.kind(), "looking for a disk's iothread").because(error)
-                    );
-                }
+        controller.map_or(device, |(path, _)| path),
+    ];
+    for path in places {
+        for name in ["iothread", "iothread-vq-mapping"] {
+            if let Some(found) = property(qmp, path, name).await? {
+                let id = found.strip_prefix("/objects/").unwrap_or(&found);
+                return Ok(Some(id.to_owned()));
             }
         }
     }
     Ok(None)
 }
 
-fn from_device(device: BlockDevice, iothread: Option<String>) -> Disk {
+/// A device's property; `None` where it has no such one.
+async fn property(qmp: &Qmp, path: &str, name: &str) -> Result<Option<String>> {
+    match query::property(qmp, path, name).await {
+        Err(error) if error.kind() == Kind::QemuRefused => Ok(None),
+        Err(error) => Err(Error::new(error.kind(), "looking at a disk's device").because(error)),
+        found => found,
+    }
+}
+
+fn from_device(device: BlockDevice, iothread: Option<String>, firmware: bool) -> Disk {
     let BlockDevice {
         device: backend,
         qdev,
@@ -198,7 +220,6 @@ fn from_device(device: BlockDevice, iothread: Option<String>) -> Disk {
             }),
         };
     };
-    let firmware = qdev.as_deref().is_some_and(|path| path.contains("pflash"));
     let excluded = match &node {
         _ if removable => Some(Reason::Removable),
         _ if firmware => Some(Reason::UnsupportedDriver),
