@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 import tempfile
 
 from . import support
@@ -122,6 +123,23 @@ class Refusals(support.Test):
         future = backup.start("dev-a", self.rig.image("dev-a"), on_record=wait)
         self.assertTrue(arrived.wait(support.SECONDS))
         return future, go_on
+
+    def test_somebody_gives_a_part_of_the_view_back(self):
+        """QEMU refuses what it has forgotten; that is never zeros."""
+        with self.rig.plugin() as plugin:
+            backup = self.open(plugin)
+            (session,) = os.listdir(self.rig.runtime)
+            url = f"nbd+unix:///dev-a?socket={self.rig.runtime}/{session}/nbd.sock"
+            subprocess.run(["qemu-io", "-f", "raw", "-c", "discard 16M 1M", url], check=True, stdout=subprocess.DEVNULL)
+            error = backup.start("dev-a", self.rig.image("dev-a")).exception(support.SECONDS)
+            self.assertEqual(("nbd_refused", "backup_open"), (error.code, error.data["state_left"]), error)
+            self.assertIn("EINVAL", str(error))
+            stream = backup.streams["dev-a"]
+            self.assertEqual("nbd_refused", stream.failed.code)
+            stream.close()
+            self.refused("incomplete", plugin, "backup.commit", {"backup": backup.id})
+            self.assertEqual({"leftovers": []}, backup.abort())
+        self.nothing_is_left()
 
     def test_somebody_cancels_our_job(self):
         with self.rig.plugin() as plugin:
