@@ -170,6 +170,22 @@ class CheckpointRule(support.Test):
         wire.close()
         self.nothing_has_happened()
 
+    def test_cancel_of_begin(self):
+        wire = Wire(self.rig.command())
+        self.addCleanup(wire.close)
+        for _ in range(5):
+            begin = wire.send("backup.begin", self.params)
+            wire.send("cancel", {"id": begin})
+            reply = wire.reply(begin)
+            if "error" in reply:  # Else it was done before.
+                data = reply["error"]["data"]
+                self.assertEqual(("cancelled", "unchanged"), (data["code"], data["state_left"]))
+            else:
+                wire.call("backup.abort", {"backup": reply["result"]["backup"]})
+            self.assertEqual([], support.ours(self.rig.qmp))
+        wire.close()
+        self.nothing_has_happened()
+
     def test_a_backup_that_is_read_to_its_end_and_aborted(self):
         with self.rig.plugin() as plugin:
             backup = Backup(plugin, **self.params)

@@ -141,8 +141,3 @@ class Discovery(support.Test):
             self.assertEqual("filter_node", found["data"]["excluded"])
             self.begin_refused("disk_excluded", plugin, rig, "data")
 
-
-if __name__ == "__main__":
-    import unittest
-
-    unittest.main()

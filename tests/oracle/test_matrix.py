@@ -7,7 +7,6 @@ images of the backup before, must equal the oracle's copy of the same instant.
 import pathlib
 import shutil
 import tempfile
-import unittest
 
 from . import support
 from .guest import MIB, Disk, Guest
@@ -159,6 +158,3 @@ class Matrix(support.Test):
         with Rig(BusyDaemon(disks, DAEMON_7_2, QEMU_7_2)) as rig:
             self.backups(rig, DEVICES, carrier="inline")
 
-
-if __name__ == "__main__":
-    unittest.main()

@@ -1,14 +1,12 @@
 """Errors that need a real QEMU: their codes, and that they leave everything as it was."""
 
 import os
-import signal
 import socket
 import subprocess
-import tempfile
+import threading
 
 from . import support
 from .guest import MIB, Disk, Guest
-from .qmp import Qmp
 from .support import QEMU_7_2, Backup, Rig, Vm, io, make_image, virtio
 
 DEVICE = "/machine/peripheral/dev-a/virtio-backend"
@@ -111,8 +109,6 @@ class Refusals(support.Test):
 
     def hold(self, backup):
         """A stream that stands still after its first data: its future, and how it goes on."""
-        import threading
-
         arrived, go_on = threading.Event(), threading.Event()
 
         def wait(record):
