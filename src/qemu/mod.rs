@@ -6,6 +6,7 @@
 
 pub mod address;
 pub mod discover;
+mod iothread;
 pub mod job;
 pub mod line;
 mod outgoing;
