@@ -10,8 +10,11 @@ use serde_json::{Value, json};
 
 use crate::support::Plugin;
 
+/// A record and its payload.
+type Unit = (Record, Option<Vec<u8>>);
+
 /// The records of a vector, with their payloads.
-fn vector(name: &str) -> Vec<(Record, Option<Vec<u8>>)> {
+fn vector(name: &str) -> Vec<Unit> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("../protocol/vectors/valid")
         .join(name);
@@ -30,7 +33,7 @@ fn begin(plugin: &mut Plugin, target: &Path, format: &str, size: u64) -> Value {
 }
 
 /// Sends all records without waiting; the answers, in the order of the requests.
-fn feed(plugin: &mut Plugin, restore: &Value, units: &[(Record, Option<Vec<u8>>)]) -> Vec<Value> {
+fn feed(plugin: &mut Plugin, restore: &Value, units: &[Unit]) -> Vec<Value> {
     for (id, (record, payload)) in (100..).zip(units) {
         let params = json!({"restore": restore, "record": record});
         match payload {
@@ -120,7 +123,7 @@ fn a_huge_sparse_disk_takes_no_room() {
 
 #[test]
 fn damage_is_named_and_leaves_nothing() {
-    let spoil = |change: fn(&mut Vec<(Record, Option<Vec<u8>>)>)| {
+    let spoil = |change: fn(&mut Vec<Unit>)| {
         let mut units = vector("chain.stream");
         change(&mut units);
         units
