@@ -25,13 +25,16 @@ use crate::view::{Cursor, READ_MAX, View};
 const READS: usize = 8;
 
 /// Buffers of a stream, under way and at the consumer.
-const BUFFERS: usize = 14;
+const BUFFERS: usize = 10;
 
 /// Most pieces that wait for a read before them.
 const SLOTS: usize = 256;
 
-/// How much is read before it is given back in one go.
-const RELEASE_STEP: u64 = 8 * 1024 * 1024;
+/// How many bytes are read before what was passed is given back in one go,
+const RELEASE_READ: u64 = 8 * 1024 * 1024;
+
+/// or how much of the disk is passed: each TRIM is a round trip.
+const RELEASE_PASSED: u64 = 256 * 1024 * 1024;
 
 /// Bytes of a chunk; clones and slices share the buffer.
 #[derive(Clone, Debug)]
@@ -87,6 +90,8 @@ pub struct Pull {
     out: VecDeque<Chunk>,
     handed: u64,
     read_bytes: u64,
+    /// `read_bytes` when something was last given back.
+    released_at: u64,
     complete: bool,
 }
 
@@ -137,6 +142,7 @@ impl Pull {
             out: VecDeque::new(),
             handed: offset,
             read_bytes: 0,
+            released_at: 0,
             complete: false,
         })
     }
@@ -182,7 +188,11 @@ impl Pull {
     }
 
     async fn step(&mut self) -> Result<Option<Chunk>> {
-        self.give_back(RELEASE_STEP).await;
+        if self.read_bytes - self.released_at >= RELEASE_READ {
+            self.give_back(1).await;
+        } else {
+            self.give_back(RELEASE_PASSED).await;
+        }
         loop {
             if let Some(chunk) = self.out.pop_front() {
                 self.handed = chunk.extent.range.end;

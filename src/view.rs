@@ -218,12 +218,15 @@ impl View {
         }
     }
 
-    /// As [`View::release`], once `least` bytes or more have come together.
-    pub(crate) async fn release_in_steps(&self, offset: u64, least: u64) {
+    /// As [`View::release`], once `least` bytes or more have come together; whether
+    /// they have.
+    pub(crate) async fn release_in_steps(&self, offset: u64, least: u64) -> bool {
         let released = self.state().released;
-        if offset.saturating_sub(released) >= least {
+        let due = offset.saturating_sub(released) >= least;
+        if due {
             self.release(offset).await;
         }
+        due
     }
 
     async fn trim(&self, range: &Range) -> Result<()> {

@@ -1,0 +1,171 @@
+//! The picture in ARCHITECTURE.md, held against the code: who may name whom.
+
+use std::path::{Path, PathBuf};
+
+/// (files, words that none of them may have, why)
+const RULES: &[(&[&str], &[&str], &str)] = &[
+    (
+        &["protocol/src"],
+        &[
+            "tokio",
+            "qapi",
+            "rustix",
+            "qemu_fleece_engine",
+            "std::fs",
+            "std::net",
+            "std::io",
+        ],
+        "the protocol is pure",
+    ),
+    (
+        &["src"],
+        &["qemu_fleece_protocol", "std::io::stdin", "std::io::stdout"],
+        "the engine knows no wire",
+    ),
+    (
+        &["src/nbd"],
+        &[
+            "crate::qemu",
+            "crate::session",
+            "crate::view",
+            "crate::plan",
+        ],
+        "nbd stands on its own",
+    ),
+    (
+        &["src/qemu"],
+        &["crate::nbd", "crate::session", "crate::view", "crate::plan"],
+        "qemu stands on its own",
+    ),
+    (
+        &[
+            "src/plan.rs",
+            "src/checkpoint.rs",
+            "src/extent.rs",
+            "src/qemu/step.rs",
+            "src/qemu/line.rs",
+            "src/nbd/wire.rs",
+            "src/nbd/reply.rs",
+            "src/nbd/status.rs",
+        ],
+        &["tokio", "rustix", "std::fs", "std::net", ".await"],
+        "these are pure",
+    ),
+    (
+        &[
+            "src/checkpoint.rs",
+            "src/extent.rs",
+            "src/buffer.rs",
+            "src/error.rs",
+        ],
+        &[
+            "crate::qemu",
+            "crate::nbd",
+            "crate::session",
+            "crate::plan",
+            "crate::view",
+        ],
+        "the bottom imports nothing above it",
+    ),
+    (
+        &[
+            "src/plan.rs",
+            "src/view.rs",
+            "src/pull.rs",
+            "src/scratch.rs",
+            "src/server.rs",
+            "src/teardown.rs",
+        ],
+        &["crate::session::Session"],
+        "parts of a session do not know it",
+    ),
+    (
+        &["plugin/src/marks.rs", "plugin/src/input.rs"],
+        &["qemu_fleece_engine"],
+        "these know the wire only",
+    ),
+];
+
+/// Files over 400 lines, and why they stay whole.
+const LONG: &[(&str, &str)] = &[
+    (
+        "src/session.rs",
+        "one session from begin to end, with its diagram",
+    ),
+    (
+        "src/nbd/client.rs",
+        "one connection: the surface of the NBD client and its checks",
+    ),
+    (
+        "src/nbd/reply.rs",
+        "one reply and all that it may be, with its tests",
+    ),
+    ("src/qemu/qmp.rs", "one actor and its handle"),
+    (
+        "protocol/src/stream.rs",
+        "the rules of a stream, for its writer and its reader",
+    ),
+    ("plugin/src/requests.rs", "one function a method"),
+];
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn sources(path: &Path) -> Vec<PathBuf> {
+    if path.is_file() {
+        return vec![path.to_owned()];
+    }
+    let entries = std::fs::read_dir(path).unwrap();
+    let mut files: Vec<PathBuf> = entries
+        .flat_map(|entry| sources(&entry.unwrap().path()))
+        .collect();
+    files.retain(|file| file.extension().is_some_and(|ending| ending == "rs"));
+    files
+}
+
+/// The code above the unit tests, without comments.
+fn code(file: &Path) -> String {
+    let text = std::fs::read_to_string(file).unwrap();
+    let code = text.split("#[cfg(test)]").next().unwrap();
+    code.lines()
+        .filter(|line| !line.trim_start().starts_with("//"))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+#[test]
+fn nobody_names_what_is_above_or_beside() {
+    for (places, words, why) in RULES {
+        for file in places.iter().flat_map(|place| sources(&root().join(place))) {
+            let code = code(&file);
+            for word in *words {
+                assert!(
+                    !code.contains(word),
+                    "{} names {word}: {why}",
+                    file.display()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn only_some_files_are_long_and_say_why() {
+    let mut long: Vec<String> = ["src", "plugin/src", "protocol/src"]
+        .iter()
+        .flat_map(|place| sources(&root().join(place)))
+        .filter(|file| std::fs::read_to_string(file).unwrap().lines().count() > 400)
+        .map(|file| {
+            file.strip_prefix(root())
+                .unwrap()
+                .to_str()
+                .unwrap()
+                .to_owned()
+        })
+        .collect();
+    let mut known: Vec<String> = LONG.iter().map(|(file, _)| (*file).to_owned()).collect();
+    long.sort();
+    known.sort();
+    assert_eq!(long, known);
+}
