@@ -1,7 +1,7 @@
 //! QEMU over QMP: one concern a file.
 //!
 //! ```text
-//! discover, job, step, query --> qmp (one task owns the socket) --> {line, outgoing} --> QEMU
+//! discover, job, schema, step, query --> qmp (one task owns the socket) --> {line, outgoing} --> QEMU
 //! ```
 
 pub mod address;
@@ -12,7 +12,9 @@ pub mod line;
 mod outgoing;
 pub mod qmp;
 pub mod query;
+pub mod schema;
 pub mod step;
 
 pub use address::Address;
 pub use qmp::{Event, Qmp, Refusal};
+pub use schema::Schema;
