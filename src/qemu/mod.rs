@@ -1,9 +1,11 @@
 //! QEMU over QMP: one concern a file.
 //!
 //! ```text
-//! discover, job, schema, step, query --> qmp (one task owns the socket) --> {line, outgoing} --> QEMU
+//! discover, job, schema, step, query --> qmp (handles) --> actor (one task owns
+//! the socket) --> {line, outgoing} --> QEMU
 //! ```
 
+mod actor;
 pub mod address;
 pub mod discover;
 mod iothread;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use qemu_fleece_engine::qemu::{Address, Qmp, Refusal, query};
+use qemu_fleece_engine::qemu::{Address, Qmp, Refusal, job, query};
 use qemu_fleece_engine::{Kind, Result};
 use serde_json::{Value, json};
 use std::error::Error as _;
@@ -413,4 +413,72 @@ async fn null_is_an_answer() {
     let id = peer.command().await.1;
     peer.answer(&id, Value::Null).await;
     assert_eq!(asked.await.unwrap().unwrap(), Value::Null);
+}
+
+/// The client's end of [`job::run`], under way.
+fn run_job(qmp: &Qmp) -> tokio::task::JoinHandle<Result<()>> {
+    let qmp = qmp.clone();
+    tokio::spawn(async move { job::run(&qmp, "blockdev-create", json!({}), "j", PATIENCE).await })
+}
+
+async fn answer_next(peer: &mut Peer, name: &str, value: Value) {
+    let (asked, id) = peer.command().await;
+    assert_eq!(asked, name);
+    peer.answer(&id, value).await;
+}
+
+#[tokio::test]
+async fn a_job_whose_event_was_missed_is_seen_to_end() {
+    let (qmp, mut peer) = ready().await;
+    let running = run_job(&qmp);
+    answer_next(&mut peer, "blockdev-create", json!({})).await;
+    answer_next(
+        &mut peer,
+        "query-jobs",
+        json!([{"id": "j", "status": "running"}]),
+    )
+    .await;
+    // More than a subscriber can lag behind, and its own event is not among them.
+    peer.send(&"{\"event\":\"X\"}\r\n".repeat(5000)).await;
+    answer_next(
+        &mut peer,
+        "query-jobs",
+        json!([{"id": "j", "status": "concluded", "error": "disk full"}]),
+    )
+    .await;
+    // That it failed is told even where it cannot be dismissed.
+    let id = peer.command().await.1;
+    peer.send(&format!(
+        "{{\"error\":{{\"class\":\"GenericError\",\"desc\":\"no\"}},\"id\":{id}}}\r\n"
+    ))
+    .await;
+    let error = running.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), Kind::QemuRefused);
+    assert!(error.chain().contains("disk full"), "{}", error.chain());
+}
+
+#[tokio::test]
+async fn a_job_that_is_gone_did_not_succeed() {
+    let (qmp, mut peer) = ready().await;
+    let running = run_job(&qmp);
+    answer_next(&mut peer, "blockdev-create", json!({})).await;
+    answer_next(&mut peer, "query-jobs", json!([])).await;
+    let error = running.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), Kind::QemuRefused);
+}
+
+#[tokio::test]
+async fn a_job_ends_with_the_connection() {
+    let (qmp, mut peer) = ready().await;
+    let running = run_job(&qmp);
+    answer_next(&mut peer, "blockdev-create", json!({})).await;
+    answer_next(
+        &mut peer,
+        "query-jobs",
+        json!([{"id": "j", "status": "running"}]),
+    )
+    .await;
+    drop(peer);
+    let error = running.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), Kind::MonitorClosed);
 }
