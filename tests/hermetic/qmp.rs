@@ -20,11 +20,8 @@ struct Peer {
 
 impl Peer {
     async fn send(&mut self, text: &str) {
-        self.stream
-            .get_mut()
-            .write_all(text.as_bytes())
-            .await
-            .unwrap();
+        let sent = self.stream.get_mut().write_all(text.as_bytes());
+        tokio::time::timeout(PATIENCE, sent).await.unwrap().unwrap();
     }
 
     /// The next command; its id goes into the answer.
@@ -342,7 +339,11 @@ async fn a_monitor_that_does_not_read_is_still_heard() {
     let (long, sent) = (qmp.clone(), json!({"text": "x".repeat(10_000)}));
     let asked = tokio::spawn(async move { long.execute_raw("query-jobs", sent).await });
     let mut first = [0];
-    peer.stream.read_exact(&mut first).await.unwrap();
+    let begun = peer.stream.read_exact(&mut first);
+    tokio::time::timeout(PATIENCE, begun)
+        .await
+        .unwrap()
+        .unwrap();
     for _ in 0..100 {
         peer.send("{\"event\":\"X\"}\r\n").await;
     }
@@ -351,7 +352,8 @@ async fn a_monitor_that_does_not_read_is_still_heard() {
         assert_eq!(event.unwrap().unwrap().name, "X");
     }
     let mut rest = String::new();
-    peer.stream.read_line(&mut rest).await.unwrap();
+    let read = peer.stream.read_line(&mut rest);
+    tokio::time::timeout(PATIENCE, read).await.unwrap().unwrap();
     let command: Value = serde_json::from_str(&format!("{{{rest}")).unwrap();
     assert_eq!(command["arguments"]["text"].as_str().unwrap().len(), 10_000);
     peer.answer(&command["id"], json!([])).await;
