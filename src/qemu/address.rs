@@ -5,6 +5,9 @@ use std::path::PathBuf;
 
 use crate::error::{Error, Kind, Result};
 
+/// Longest path of a unix socket on Linux (unix(7)).
+const MAX_PATH_BYTES: usize = 107;
+
 /// The address of a QMP monitor.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Address {
@@ -25,15 +28,20 @@ impl Address {
                 Kind::InvalidRequest,
                 format!("reading the monitor's address {text:?}"),
             )
-            .because("it is unix:/path, an absolute path, or tcp:host:port")
+            .because(format!(
+                "it is unix:/path, an absolute path, or tcp:host:port; a path has at most {MAX_PATH_BYTES} bytes"
+            ))
         };
         let path = text.strip_prefix("unix:").unwrap_or(text);
-        if path.starts_with('/') && !path.contains('\0') {
+        if path.starts_with('/') && !path.contains('\0') && path.len() <= MAX_PATH_BYTES {
             return Ok(Self::Unix(PathBuf::from(path)));
         }
         let address = text.strip_prefix("tcp:").ok_or_else(invalid)?;
         let (host, port) = address.rsplit_once(':').ok_or_else(invalid)?;
-        if host.is_empty() || port.parse::<u16>().is_err() {
+        // Without brackets the end of an IPv6 address would be read as a port.
+        let bracketed = host.starts_with('[') && host.ends_with(']');
+        let named = !host.is_empty() && (bracketed || !host.contains([':', '[', ']']));
+        if !named || !port.parse::<u16>().is_ok_and(|port| port > 0) {
             return Err(invalid());
         }
         Ok(Self::Tcp(address.to_owned()))
@@ -75,8 +83,12 @@ mod tests {
             "tcp::1",
             "tcp:host:x",
             "tcp:host:70000",
+            "tcp:host:0",
+            "tcp:::1:4444",
+            "tcp:[::1:4444",
             "fd:3",
             "/a\0b",
+            &format!("/{}", "a".repeat(MAX_PATH_BYTES)),
         ] {
             assert_eq!(
                 Address::parse(odd).unwrap_err().kind(),

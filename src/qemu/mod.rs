@@ -1,9 +1,11 @@
 //! QEMU over QMP: one concern a file.
 //!
 //! ```text
-//! discover, job, step, query --> qmp (one task owns the socket) --> {line, outgoing} --> QEMU
+//! discover, job, schema, step, query --> qmp (handles) --> actor (one task owns
+//! the socket) --> {line, outgoing} --> QEMU
 //! ```
 
+mod actor;
 pub mod address;
 pub mod discover;
 mod iothread;
@@ -12,7 +14,9 @@ pub mod line;
 mod outgoing;
 pub mod qmp;
 pub mod query;
+pub mod schema;
 pub mod step;
 
 pub use address::Address;
 pub use qmp::{Event, Qmp, Refusal};
+pub use schema::Schema;

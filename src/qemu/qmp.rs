@@ -19,15 +19,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::error::{Error, Kind, Result};
 use crate::qemu::Address;
+use crate::qemu::actor::{Actor, Command, next};
 use crate::qemu::line::{Lines, Message};
-use crate::qemu::outgoing::Outgoing;
 
 /// How long a command may take unless its caller says otherwise.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
@@ -55,15 +55,6 @@ pub struct Refusal {
     pub class: String,
     /// What QEMU says.
     pub desc: String,
-}
-
-type Answer = oneshot::Sender<Result<Value>>;
-
-struct Command {
-    name: &'static str,
-    arguments: Value,
-    fd: Option<OwnedFd>,
-    answer: Answer,
 }
 
 /// A handle to a monitor; clones share the connection, which closes with the last.
@@ -292,145 +283,5 @@ async fn greeting(reader: &mut (impl AsyncRead + Unpin), lines: &mut Lines) -> R
             Error::new(Kind::MonitorClosed, "reading the monitor's greeting")
                 .because("end of file"),
         ),
-    }
-}
-
-/// The next message, or `None` at the end. Cancel-safe: bytes that were read
-/// stay in `lines`.
-async fn next(reader: &mut (impl AsyncRead + Unpin), lines: &mut Lines) -> Result<Option<Message>> {
-    loop {
-        if let Some(message) = lines.next_message()? {
-            return Ok(Some(message));
-        }
-        match reader.read_buf(lines.space()).await {
-            Ok(0) => return Ok(None),
-            Ok(_) => {}
-            Err(error) => {
-                tracing::debug!(%error, "the monitor's connection broke");
-                return Ok(None);
-            }
-        }
-    }
-}
-
-struct Actor<W> {
-    writer: W,
-    /// The socket, where descriptors can be sent over it.
-    sender: Option<UnixStream>,
-    pending: HashMap<u64, (&'static str, Answer)>,
-    last_id: u64,
-    events: broadcast::Sender<Event>,
-}
-
-impl<W: AsyncWrite + Unpin + Send> Actor<W> {
-    async fn run(
-        mut self,
-        mut reader: impl AsyncRead + Unpin + Send,
-        mut lines: Lines,
-        mut queue: mpsc::Receiver<Command>,
-        end: CancellationToken,
-    ) {
-        let mut outgoing = None;
-        loop {
-            tokio::select! {
-                () = end.cancelled() => break,
-                command = queue.recv(), if outgoing.is_none() => match command {
-                    Some(command) => outgoing = self.accept(command),
-                    None => break,
-                },
-                sent = self.send(&mut outgoing) => if let Err(error) = sent {
-                    tracing::debug!(%error, "the monitor's connection broke");
-                    break;
-                },
-                message = next(&mut reader, &mut lines) => match message {
-                    Ok(Some(message)) => self.message(message),
-                    Ok(None) => break,
-                    Err(error) => return self.fail(&error),
-                },
-            }
-        }
-        // Dropping the answers tells the callers: closed.
-    }
-
-    /// A lie of the peer: each caller gets to know which.
-    fn fail(self, error: &Error) {
-        for (name, answer) in self.pending.into_values() {
-            let lie = Error::new(Kind::MonitorProtocol, format!("executing {name}"))
-                .because(error.chain());
-            let _gone = answer.send(Err(lie));
-        }
-    }
-
-    /// Gives the command an id. `None` when its caller has given up already: what
-    /// was not sent need not be done.
-    fn accept(&mut self, command: Command) -> Option<Outgoing> {
-        let Command {
-            name,
-            arguments,
-            fd,
-            answer,
-        } = command;
-        if answer.is_closed() {
-            return None;
-        }
-        self.last_id += 1;
-        let id = self.last_id;
-        let mut line = json!({"execute": name, "arguments": arguments, "id": id})
-            .to_string()
-            .into_bytes();
-        line.push(b'\n');
-        tracing::trace!(line = %String::from_utf8_lossy(&line).trim_end(), "to QEMU");
-        self.pending.insert(id, (name, answer));
-        Some(Outgoing::new(line, fd))
-    }
-
-    /// Sends a piece; waits for ever where there is none. Cancel-safe.
-    async fn send(&mut self, outgoing: &mut Option<Outgoing>) -> std::io::Result<()> {
-        let Some(line) = outgoing else {
-            return std::future::pending().await;
-        };
-        line.send_some(&mut self.writer, self.sender.as_ref())
-            .await?;
-        if line.is_sent() {
-            *outgoing = None;
-        }
-        Ok(())
-    }
-
-    fn message(&mut self, message: Message) {
-        let Message {
-            id,
-            returned,
-            error,
-            event,
-            data,
-            ..
-        } = message;
-        if let Some(name) = event {
-            // No subscriber is no harm.
-            let _none = self.events.send(Event {
-                name,
-                data: data.unwrap_or_default(),
-            });
-            return;
-        }
-        let Some((name, answer)) = id.and_then(|id| self.pending.remove(&id)) else {
-            tracing::debug!(?id, "an answer that nobody waits for");
-            return;
-        };
-        let answered = match (returned, error) {
-            (_, Some(error)) => Err(Error::new(Kind::QemuRefused, format!("executing {name}"))
-                .because(Refusal {
-                    class: error.class,
-                    desc: error.desc,
-                })),
-            (Some(value), None) => Ok(value),
-            (None, None) => Err(
-                Error::new(Kind::MonitorProtocol, format!("executing {name}"))
-                    .because("an answer with neither return nor error"),
-            ),
-        };
-        // A caller that gave up.
-        let _gone = answer.send(answered);
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use qemu_fleece_engine::qemu::{Address, Qmp, Refusal, query};
+use qemu_fleece_engine::qemu::{Address, Qmp, Refusal, job, query};
 use qemu_fleece_engine::{Kind, Result};
 use serde_json::{Value, json};
 use std::error::Error as _;
@@ -20,11 +20,8 @@ struct Peer {
 
 impl Peer {
     async fn send(&mut self, text: &str) {
-        self.stream
-            .get_mut()
-            .write_all(text.as_bytes())
-            .await
-            .unwrap();
+        let sent = self.stream.get_mut().write_all(text.as_bytes());
+        tokio::time::timeout(PATIENCE, sent).await.unwrap().unwrap();
     }
 
     /// The next command; its id goes into the answer.
@@ -342,7 +339,11 @@ async fn a_monitor_that_does_not_read_is_still_heard() {
     let (long, sent) = (qmp.clone(), json!({"text": "x".repeat(10_000)}));
     let asked = tokio::spawn(async move { long.execute_raw("query-jobs", sent).await });
     let mut first = [0];
-    peer.stream.read_exact(&mut first).await.unwrap();
+    let begun = peer.stream.read_exact(&mut first);
+    tokio::time::timeout(PATIENCE, begun)
+        .await
+        .unwrap()
+        .unwrap();
     for _ in 0..100 {
         peer.send("{\"event\":\"X\"}\r\n").await;
     }
@@ -351,7 +352,8 @@ async fn a_monitor_that_does_not_read_is_still_heard() {
         assert_eq!(event.unwrap().unwrap().name, "X");
     }
     let mut rest = String::new();
-    peer.stream.read_line(&mut rest).await.unwrap();
+    let read = peer.stream.read_line(&mut rest);
+    tokio::time::timeout(PATIENCE, read).await.unwrap().unwrap();
     let command: Value = serde_json::from_str(&format!("{{{rest}")).unwrap();
     assert_eq!(command["arguments"]["text"].as_str().unwrap().len(), 10_000);
     peer.answer(&command["id"], json!([])).await;
@@ -413,4 +415,72 @@ async fn null_is_an_answer() {
     let id = peer.command().await.1;
     peer.answer(&id, Value::Null).await;
     assert_eq!(asked.await.unwrap().unwrap(), Value::Null);
+}
+
+/// The client's end of [`job::run`], under way.
+fn run_job(qmp: &Qmp) -> tokio::task::JoinHandle<Result<()>> {
+    let qmp = qmp.clone();
+    tokio::spawn(async move { job::run(&qmp, "blockdev-create", json!({}), "j", PATIENCE).await })
+}
+
+async fn answer_next(peer: &mut Peer, name: &str, value: Value) {
+    let (asked, id) = peer.command().await;
+    assert_eq!(asked, name);
+    peer.answer(&id, value).await;
+}
+
+#[tokio::test]
+async fn a_job_whose_event_was_missed_is_seen_to_end() {
+    let (qmp, mut peer) = ready().await;
+    let running = run_job(&qmp);
+    answer_next(&mut peer, "blockdev-create", json!({})).await;
+    answer_next(
+        &mut peer,
+        "query-jobs",
+        json!([{"id": "j", "status": "running"}]),
+    )
+    .await;
+    // More than a subscriber can lag behind, and its own event is not among them.
+    peer.send(&"{\"event\":\"X\"}\r\n".repeat(5000)).await;
+    answer_next(
+        &mut peer,
+        "query-jobs",
+        json!([{"id": "j", "status": "concluded", "error": "disk full"}]),
+    )
+    .await;
+    // That it failed is told even where it cannot be dismissed.
+    let id = peer.command().await.1;
+    peer.send(&format!(
+        "{{\"error\":{{\"class\":\"GenericError\",\"desc\":\"no\"}},\"id\":{id}}}\r\n"
+    ))
+    .await;
+    let error = running.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), Kind::QemuRefused);
+    assert!(error.chain().contains("disk full"), "{}", error.chain());
+}
+
+#[tokio::test]
+async fn a_job_that_is_gone_did_not_succeed() {
+    let (qmp, mut peer) = ready().await;
+    let running = run_job(&qmp);
+    answer_next(&mut peer, "blockdev-create", json!({})).await;
+    answer_next(&mut peer, "query-jobs", json!([])).await;
+    let error = running.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), Kind::QemuRefused);
+}
+
+#[tokio::test]
+async fn a_job_ends_with_the_connection() {
+    let (qmp, mut peer) = ready().await;
+    let running = run_job(&qmp);
+    answer_next(&mut peer, "blockdev-create", json!({})).await;
+    answer_next(
+        &mut peer,
+        "query-jobs",
+        json!([{"id": "j", "status": "running"}]),
+    )
+    .await;
+    drop(peer);
+    let error = running.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), Kind::MonitorClosed);
 }

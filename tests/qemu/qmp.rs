@@ -5,10 +5,10 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use qemu_fleece_engine::Kind;
-use qemu_fleece_engine::qemu::{Address, Qmp, Refusal, job, query};
+use qemu_fleece_engine::qemu::{Address, Qmp, Refusal, Schema, job, query};
 use serde_json::json;
 
-use crate::machine::{Images, Machine, PATIENCE};
+use crate::machine::{Images, Machine, PATIENCE, storage_daemon};
 use crate::within;
 
 /// For greetings that never come.
@@ -206,6 +206,34 @@ async fn a_job_that_never_ends_is_waited_for_only_so_long_and_can_be_cancelled()
         assert_eq!(endless.unwrap_err().kind(), Kind::QemuTimeout);
         job::cancel(&qmp, "j", PATIENCE).await.unwrap();
         assert!(query::jobs(&qmp).await.unwrap().is_empty());
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn the_schema_tells_what_there_is() {
+    within(async {
+        let machine = Machine::start(&[]).await;
+        let schema = Schema::probe(&machine.connect().await).await.unwrap();
+        assert!(schema.has_command("add-fd") && schema.has_command("query-status"));
+        assert!(!schema.has_command("no-such-command"));
+        // Types are no commands.
+        assert!(!schema.has_command("str"));
+        assert!(schema.has_argument("blockdev-backup", "filter-node-name"));
+        assert!(!schema.has_argument("blockdev-backup", "no-such-argument"));
+        assert!(!schema.has_argument("query-status", "anything"));
+        for driver in ["copy-before-write", "snapshot-access", "qcow2"] {
+            assert!(schema.has_variant("blockdev-add", driver), "{driver}");
+        }
+        assert!(!schema.has_variant("blockdev-add", "no-such-driver"));
+        assert!(schema.has_variant("block-export-add", "nbd"));
+        let cbw =
+            |argument| schema.has_variant_argument("blockdev-add", "copy-before-write", argument);
+        assert!(cbw("cbw-timeout") && !cbw("no-such-argument"));
+
+        let (_daemon, qmp) = storage_daemon(&[]).await;
+        let schema = Schema::probe(&qmp).await.unwrap();
+        assert!(schema.has_command("blockdev-backup") && !schema.has_command("add-fd"));
     })
     .await;
 }
