@@ -49,8 +49,6 @@ pub enum Kind {
     DiskExcluded,
     /// A checkpoint of that name exists already.
     CheckpointExists,
-    /// No checkpoint of that name.
-    UnknownCheckpoint,
     /// An incremental was demanded and the base cannot serve it.
     BaseUnusable(FullReason),
     /// The scratch file cannot be made.

@@ -36,7 +36,6 @@ fn code(kind: Kind) -> Code {
         Kind::UnknownDisk => Code::UnknownDisk,
         Kind::DiskExcluded => Code::DiskExcluded,
         Kind::CheckpointExists => Code::CheckpointExists,
-        Kind::UnknownCheckpoint => Code::UnknownCheckpoint,
         Kind::BaseUnusable(_) => Code::BaseUnusable,
         Kind::ScratchUnavailable => Code::ScratchUnavailable,
         Kind::PointInTimeLost => Code::PointInTimeLost,

@@ -131,8 +131,6 @@ codes! {
     NbdTimeout = "nbd_timeout", -32000, Retry;
     /// A checkpoint of that name exists on a disk of the backup.
     CheckpointExists = "checkpoint_exists", -32000, FixRequest;
-    /// No disk has a checkpoint of that name.
-    UnknownCheckpoint = "unknown_checkpoint", -32000, FixRequest;
     /// `strict`, and the base cannot serve this disk; `reason` says why.
     BaseUnusable = "base_unusable", -32000, TakeFull;
     /// The scratch file cannot be made.

@@ -3,11 +3,12 @@
 //!
 //! A disk's id is, in this order: the guest device's id; the backend's name; the
 //! node's name where the user gave one; the device's path. It never is a name
-//! that QEMU made up (`#block123`), which changes from start to start.
+//! that QEMU made up (`#block123`), which changes from start to start, nor that of
+//! a filter of ours: a disk keeps its id while a session is open on it.
 
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::qemu::query::{self, BlockDevice, BlockNode};
-use crate::qemu::{Qmp, step};
+use crate::qemu::{Qmp, Refusal, iothread, step};
 
 /// Drivers of nodes that stand for a whole image.
 const FORMATS: &[&str] = &[
@@ -31,8 +32,16 @@ const STORAGE: &[&str] = &[
     "nbd",
     "rbd",
     "iscsi",
+    "nfs",
+    "ssh",
+    "gluster",
+    "http",
+    "https",
     "nvme",
     "io_uring",
+    "nvme-io_uring",
+    "virtio-blk-vfio-pci",
+    "virtio-blk-vhost-user",
     "virtio-blk-vhost-vdpa",
 ];
 
@@ -66,8 +75,10 @@ pub enum Reason {
     NoMedium,
     /// It holds firmware, or is made up by QEMU.
     UnsupportedDriver,
-    /// A filter lies above its image.
+    /// A filter lies above its image; also one of ours, of an open or lost session.
     FilterNode,
+    /// Another image is backed by it.
+    BackingNode,
     /// Another disk has the same id.
     AmbiguousId,
 }
@@ -82,6 +93,7 @@ impl Reason {
             Self::NoMedium => "no_medium",
             Self::UnsupportedDriver => "unsupported_driver",
             Self::FilterNode => "filter_node",
+            Self::BackingNode => "backing_node",
             Self::AmbiguousId => "ambiguous_id",
         }
     }
@@ -92,7 +104,7 @@ impl Reason {
 pub struct Disk {
     /// Its stable id: letters, digits, `.`, `_`, `-`; others of QEMU's become `_`.
     pub id: String,
-    /// Its root node.
+    /// Its root node; below filters of ours.
     pub node: String,
     /// The driver of that node.
     pub format: String,
@@ -104,7 +116,8 @@ pub struct Disk {
     pub qdev: Option<String>,
     /// The image stores bitmaps.
     pub persistent_bitmaps: bool,
-    /// The iothread that serves it.
+    /// The id of the iothread that serves it or its controller; several are joined
+    /// by commas.
     pub iothread: Option<String>,
     /// Its named dirty bitmaps.
     pub bitmaps: Vec<Bitmap>,
@@ -117,61 +130,74 @@ pub struct Disk {
 /// # Errors
 /// QEMU's, the monitor's.
 pub async fn disks(qmp: &Qmp) -> Result<Vec<Disk>> {
-    let devices = query::block_devices(qmp).await?;
+    let nodes = query::named_block_nodes(qmp).await?;
     let mut disks = Vec::new();
-    for device in devices {
+    for device in query::block_devices(qmp).await? {
         let iothread = match &device.qdev {
-            Some(path) if device.inserted.is_some() => iothread(qmp, path).await?,
-            _ => None,
+            Some(device) => iothread::of_device(qmp, device).await?,
+            None => None,
         };
-        disks.push(from_device(device, iothread));
+        disks.push(from_device(device, &nodes, iothread));
     }
-    if disks.is_empty() {
-        disks = query::named_block_nodes(qmp)
-            .await?
-            .into_iter()
-            .filter_map(from_node)
+    // A VM without disks may have nodes that no device uses; those are no disks.
+    if disks.is_empty() && is_storage_daemon(qmp).await? {
+        disks = nodes
+            .iter()
+            .filter_map(|node| from_node(node, &nodes))
             .collect();
     }
     mark_ambiguous(&mut disks);
     Ok(disks)
 }
 
-/// The iothread of a device; `None` where it has none, or cannot have one.
-async fn iothread(qmp: &Qmp, device: &str) -> Result<Option<String>> {
-    // A virtio-blk's backend is a child of the device that has the property.
-    for path in [
-        device,
-        device.strip_suffix("/virtio-backend").unwrap_or(device),
-    ] {
-        for property in ["iothread", "iothread-vq-mapping"] {
-            match query::property(qmp, path, property).await {
-                Ok(Some(found)) => return Ok(Some(found)),
-                Ok(None) => {}
-                Err(error) if error.kind() == Kind::QemuRefused => {}
-                Err(error) => {
-                    return Err(
-                        Error::new(error.kind(), "looking for a disk's iothread").because(error)
-                    );
-                }
-            }
-        }
+/// Only a VM has a run state.
+async fn is_storage_daemon(qmp: &Qmp) -> Result<bool> {
+    use std::error::Error as _;
+    match query::status(qmp).await {
+        Ok(_) => Ok(false),
+        Err(error) => match error
+            .source()
+            .and_then(|source| source.downcast_ref::<Refusal>())
+        {
+            Some(refusal) if refusal.class == "CommandNotFound" => Ok(true),
+            _ => Err(error),
+        },
     }
-    Ok(None)
 }
 
-fn from_device(device: BlockDevice, iothread: Option<String>) -> Disk {
+/// The image under a filter of ours, which QEMU names like its image. QEMU 10.0
+/// does not tell which node is whose child.
+fn under_our_filter<'a>(filter: &BlockNode, nodes: &'a [BlockNode]) -> Option<&'a BlockNode> {
+    let mut found = nodes.iter().filter(|node| {
+        node.file == filter.file
+            && !node.node_name.starts_with(step::PREFIX)
+            && FORMATS.contains(&node.drv.as_str())
+    });
+    // Two of them would be a guess.
+    found.next().filter(|_| found.next().is_none())
+}
+
+fn from_device(device: BlockDevice, nodes: &[BlockNode], iothread: Option<String>) -> Disk {
     let BlockDevice {
         device: backend,
         qdev,
         removable,
         inserted,
     } = device;
+    let filtered = inserted
+        .as_ref()
+        .is_some_and(|node| node.node_name.starts_with(step::PREFIX));
+    let inserted = match inserted {
+        Some(filter) if filtered => {
+            Some(under_our_filter(&filter, nodes).cloned().unwrap_or(filter))
+        }
+        inserted => inserted,
+    };
     let given = qdev.as_deref().and_then(device_id);
     let node = inserted
         .as_ref()
         .map(|node| node.node_name.as_str())
-        .filter(|name| !name.starts_with('#'));
+        .filter(|name| !name.starts_with('#') && !name.starts_with(step::PREFIX));
     let backend = Some(backend.as_str()).filter(|name| !name.is_empty() && !name.starts_with('#'));
     let id = sane(
         given
@@ -198,23 +224,43 @@ fn from_device(device: BlockDevice, iothread: Option<String>) -> Disk {
             }),
         };
     };
-    let firmware = qdev.as_deref().is_some_and(|path| path.contains("pflash"));
     let excluded = match &node {
         _ if removable => Some(Reason::Removable),
-        _ if firmware => Some(Reason::UnsupportedDriver),
+        _ if qdev.as_deref().is_some_and(is_firmware) => Some(Reason::UnsupportedDriver),
+        _ if filtered => Some(Reason::FilterNode),
         node => exclude(node),
     };
     disk(id, node, qdev, iothread, excluded)
 }
 
+/// A board's flash, as `/machine/system.flash0`. A user's device is further down,
+/// whatever its id is.
+fn is_firmware(qdev: &str) -> bool {
+    qdev.strip_prefix("/machine/")
+        .is_some_and(|name| !name.contains('/') && name.contains("flash"))
+}
+
 /// A storage daemon has no devices: each image that the user named is a disk.
-fn from_node(node: BlockNode) -> Option<Disk> {
+fn from_node(node: &BlockNode, nodes: &[BlockNode]) -> Option<Disk> {
     let named = !node.node_name.starts_with('#') && !node.node_name.starts_with(step::PREFIX);
     if !named || !FORMATS.contains(&node.drv.as_str()) {
         return None;
     }
-    let excluded = exclude(&node);
-    Some(disk(sane(&node.node_name), node, None, None, excluded))
+    let backs = nodes
+        .iter()
+        .any(|above| above.backing_file.as_ref() == Some(&node.file));
+    let excluded = if backs {
+        Some(Reason::BackingNode)
+    } else {
+        exclude(node)
+    };
+    Some(disk(
+        sane(&node.node_name),
+        node.clone(),
+        None,
+        None,
+        excluded,
+    ))
 }
 
 fn exclude(node: &BlockNode) -> Option<Reason> {

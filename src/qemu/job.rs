@@ -14,8 +14,8 @@ use crate::qemu::{Event, Qmp};
 /// dismisses it.
 ///
 /// # Errors
-/// [`Kind::QemuRefused`] with the job's own error; [`Kind::QemuTimeout`]: the job
-/// goes on then.
+/// [`Kind::QemuRefused`] with the job's own error, or when somebody else dismissed
+/// it and its outcome is unknown; [`Kind::QemuTimeout`]: the job goes on then.
 pub async fn run(
     qmp: &Qmp,
     command: &'static str,
@@ -25,13 +25,16 @@ pub async fn run(
 ) -> Result<()> {
     let mut events = qmp.events();
     qmp.execute_raw(command, arguments).await?;
-    let job = concluded(qmp, &mut events, id, deadline).await?;
-    qmp.execute_raw("job-dismiss", json!({"id": id})).await?;
-    match job.and_then(|job| job.error) {
-        None => Ok(()),
-        Some(error) => {
-            Err(Error::new(Kind::QemuRefused, format!("running job {id}")).because(error))
-        }
+    let failed =
+        |why: String| Err(Error::new(Kind::QemuRefused, format!("running job {id}")).because(why));
+    let Some(job) = concluded(qmp, &mut events, id, deadline).await? else {
+        return failed("it is gone before its outcome was seen".into());
+    };
+    let dismissed = qmp.execute_raw("job-dismiss", json!({"id": id})).await;
+    // Why the job failed matters more than that it could not be dismissed.
+    match job.error {
+        Some(error) => failed(error),
+        None => dismissed.map(drop),
     }
 }
 

@@ -20,8 +20,8 @@ pub struct Message {
     pub greeting: Option<Value>,
     /// The id of the command that is answered.
     pub id: Option<u64>,
-    /// A command's answer.
-    #[serde(rename = "return")]
+    /// A command's answer; `null` is one too.
+    #[serde(rename = "return", deserialize_with = "present")]
     pub returned: Option<Value>,
     /// A command's refusal.
     pub error: Option<Desc>,
@@ -29,6 +29,11 @@ pub struct Message {
     pub event: Option<String>,
     /// An event's data.
     pub data: Option<Value>,
+}
+
+/// Tells `null` from an absent member.
+fn present<'de, D: serde::Deserializer<'de>>(value: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(value).map(Some)
 }
 
 /// A refusal, as QEMU words it.

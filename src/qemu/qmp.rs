@@ -8,22 +8,26 @@
 //! ```
 //! Every command has an id, and waits in a table until its answer comes. A
 //! command that was sent is never taken back: when its caller gives up, the late
-//! answer is recognised by its id and dropped. Events are kept as name and
+//! answer is recognised by its id and dropped. One whose caller gave up before it
+//! was sent is not sent at all. QEMU is heard while a long command is on its way,
+//! so neither side waits for the other. Events are kept as name and
 //! value, so an unknown one harms nothing.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use serde_json::{Value, json};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::error::{Error, Kind, Result};
 use crate::qemu::Address;
 use crate::qemu::line::{Lines, Message};
+use crate::qemu::outgoing::Outgoing;
 
 /// How long a command may take unless its caller says otherwise.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
@@ -69,6 +73,8 @@ pub struct Qmp {
     /// Weak: receivers see the end of the connection while handles live.
     events: broadcast::WeakSender<Event>,
     passes_fds: bool,
+    /// The actor ends with the last handle, even in the middle of a send.
+    _alive: Arc<DropGuard>,
 }
 
 impl Qmp {
@@ -76,15 +82,18 @@ impl Qmp {
     ///
     /// # Errors
     /// [`Kind::MonitorUnreachable`]; [`Kind::MonitorBusy`] when there is no
-    /// greeting: QEMU serves one client a monitor, and lets others wait;
-    /// [`Kind::MonitorProtocol`].
+    /// greeting, or no room to wait for one: QEMU serves one client a monitor, and
+    /// lets a few others wait; [`Kind::MonitorClosed`]; [`Kind::MonitorProtocol`].
     pub async fn connect(address: &Address, deadline: Duration) -> Result<Self> {
         let unreachable = |why: std::io::Error| {
-            Error::new(
-                Kind::MonitorUnreachable,
-                format!("connecting to the monitor {address}"),
-            )
-            .because(why)
+            let doing = format!("connecting to the monitor {address}");
+            match why.kind() {
+                // A unix socket whose queue of waiting clients is full.
+                std::io::ErrorKind::WouldBlock => {
+                    Error::new(Kind::MonitorBusy, doing).because("other clients hold this monitor")
+                }
+                _ => Error::new(Kind::MonitorUnreachable, doing).because(why),
+            }
         };
         match address {
             Address::Unix(path) => {
@@ -96,13 +105,15 @@ impl Qmp {
                 let sender = stream.as_fd().try_clone_to_owned().map_err(unreachable)?;
                 let sender = UnixStream::from_std(sender.into()).map_err(unreachable)?;
                 let qmp = Self::start(stream, Some(sender), deadline).await?;
-                Ok(qmp.probe_fds().await)
+                qmp.probe_fds().await
             }
             Address::Tcp(address) => {
                 let stream = tokio::time::timeout(deadline, TcpStream::connect(address))
                     .await
                     .map_err(|elapsed| unreachable(elapsed.into()))?
                     .map_err(unreachable)?;
+                // Each command waits for its answer: delaying it gains nothing.
+                stream.set_nodelay(true).map_err(unreachable)?;
                 Self::start(stream, None, deadline).await
             }
         }
@@ -133,10 +144,12 @@ impl Qmp {
         })??;
         let (commands, queue) = mpsc::channel(COMMANDS);
         let events = broadcast::channel(EVENTS).0;
+        let end = CancellationToken::new();
         let qmp = Self {
             commands,
             events: events.downgrade(),
             passes_fds: false,
+            _alive: Arc::new(end.clone().drop_guard()),
         };
         let actor = Actor {
             writer,
@@ -145,24 +158,22 @@ impl Qmp {
             last_id: 0,
             events,
         };
-        tokio::spawn(actor.run(reader, lines, queue));
-        qmp.execute_raw("qmp_capabilities", json!({})).await?;
+        tokio::spawn(actor.run(reader, lines, queue, end));
+        qmp.execute_raw_within("qmp_capabilities", json!({}), deadline)
+            .await?;
         Ok(qmp)
     }
 
-    async fn probe_fds(mut self) -> Self {
+    async fn probe_fds(mut self) -> Result<Self> {
         // qemu-storage-daemon has no add-fd.
-        let commands = self
-            .execute_raw("query-commands", json!({}))
-            .await
-            .unwrap_or_default();
+        let commands = self.execute_raw("query-commands", json!({})).await?;
         let has = |name: &str| {
             commands
                 .as_array()
                 .is_some_and(|list| list.iter().any(|entry| entry["name"] == name))
         };
         self.passes_fds = has("add-fd") && has("getfd");
-        self
+        Ok(self)
     }
 
     /// Whether [`Qmp::execute_with_fd`] works: a unix socket, and a QEMU that
@@ -258,7 +269,7 @@ impl Qmp {
             .await
             .unwrap_or_else(|_elapsed| {
                 Err(Error::new(Kind::QemuTimeout, format!("executing {name}"))
-                    .because(format!("no answer within {} s", deadline.as_secs())))
+                    .because(format!("no answer within {deadline:?}")))
             })
     }
 }
@@ -317,15 +328,19 @@ impl<W: AsyncWrite + Unpin + Send> Actor<W> {
         mut reader: impl AsyncRead + Unpin + Send,
         mut lines: Lines,
         mut queue: mpsc::Receiver<Command>,
+        end: CancellationToken,
     ) {
+        let mut outgoing = None;
         loop {
             tokio::select! {
-                command = queue.recv() => match command {
-                    Some(command) => if let Err(error) = self.command(command).await {
-                        tracing::debug!(error = error.chain(), "the monitor's connection broke");
-                        break;
-                    },
+                () = end.cancelled() => break,
+                command = queue.recv(), if outgoing.is_none() => match command {
+                    Some(command) => outgoing = self.accept(command),
                     None => break,
+                },
+                sent = self.send(&mut outgoing) => if let Err(error) = sent {
+                    tracing::debug!(%error, "the monitor's connection broke");
+                    break;
                 },
                 message = next(&mut reader, &mut lines) => match message {
                     Ok(Some(message)) => self.message(message),
@@ -346,13 +361,18 @@ impl<W: AsyncWrite + Unpin + Send> Actor<W> {
         }
     }
 
-    async fn command(&mut self, command: Command) -> Result<()> {
+    /// Gives the command an id. `None` when its caller has given up already: what
+    /// was not sent need not be done.
+    fn accept(&mut self, command: Command) -> Option<Outgoing> {
         let Command {
             name,
             arguments,
             fd,
             answer,
         } = command;
+        if answer.is_closed() {
+            return None;
+        }
         self.last_id += 1;
         let id = self.last_id;
         let mut line = json!({"execute": name, "arguments": arguments, "id": id})
@@ -361,22 +381,20 @@ impl<W: AsyncWrite + Unpin + Send> Actor<W> {
         line.push(b'\n');
         tracing::trace!(line = %String::from_utf8_lossy(&line).trim_end(), "to QEMU");
         self.pending.insert(id, (name, answer));
-        let broken = |error: std::io::Error| {
-            Error::new(Kind::MonitorClosed, format!("sending {name}")).because(error)
+        Some(Outgoing::new(line, fd))
+    }
+
+    /// Sends a piece; waits for ever where there is none. Cancel-safe.
+    async fn send(&mut self, outgoing: &mut Option<Outgoing>) -> std::io::Result<()> {
+        let Some(line) = outgoing else {
+            return std::future::pending().await;
         };
-        let rest = match (fd, &self.sender) {
-            (Some(fd), Some(socket)) => {
-                // The descriptor goes with the first byte, so it cannot end up with
-                // another command.
-                send_fd(socket, &line[..1], fd.as_fd())
-                    .await
-                    .map_err(broken)?;
-                &line[1..]
-            }
-            _ => &line[..],
-        };
-        self.writer.write_all(rest).await.map_err(broken)?;
-        self.writer.flush().await.map_err(broken)
+        line.send_some(&mut self.writer, self.sender.as_ref())
+            .await?;
+        if line.is_sent() {
+            *outgoing = None;
+        }
+        Ok(())
     }
 
     fn message(&mut self, message: Message) {
@@ -415,19 +433,4 @@ impl<W: AsyncWrite + Unpin + Send> Actor<W> {
         // A caller that gave up.
         let _gone = answer.send(answered);
     }
-}
-
-async fn send_fd(socket: &UnixStream, byte: &[u8], fd: BorrowedFd<'_>) -> std::io::Result<()> {
-    let send = || {
-        let fds = [fd];
-        let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut control = SendAncillaryBuffer::new(&mut space);
-        if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
-            return Err(std::io::ErrorKind::InvalidInput.into());
-        }
-        let bytes = [std::io::IoSlice::new(byte)];
-        rustix::net::sendmsg(socket, &bytes, &mut control, SendFlags::NOSIGNAL)?;
-        Ok(())
-    };
-    socket.async_io(tokio::io::Interest::WRITABLE, send).await
 }

@@ -34,6 +34,20 @@ pub struct Version {
     pub micro: u32,
 }
 
+/// What the distribution calls its build, as `Debian 1:10.0.2`; empty where it does not.
+///
+/// # Errors
+/// As all here: QEMU's, the monitor's.
+pub async fn package(qmp: &Qmp) -> Result<String> {
+    #[derive(Deserialize)]
+    struct Answer {
+        package: String,
+    }
+    ask::<Answer>(qmp, "query-version", json!({}))
+        .await
+        .map(|answer| answer.package)
+}
+
 /// `query-version`.
 ///
 /// # Errors
@@ -184,6 +198,9 @@ pub struct BlockNode {
     pub ro: bool,
     /// What is opened, as QEMU names it.
     pub file: String,
+    /// What the node below it is named by, where it has a backing node.
+    #[serde(rename = "backing_file")]
+    pub backing_file: Option<String>,
     /// The image.
     pub image: Image,
     /// Its dirty bitmaps.
@@ -220,16 +237,11 @@ pub async fn block_devices(qmp: &Qmp) -> Result<Vec<BlockDevice>> {
     ask(qmp, "query-block", json!({})).await
 }
 
-/// `qom-get`, as text where it is one.
+/// `qom-get`; `path` is best absolute: a bare id may be several objects.
 ///
 /// # Errors
 /// [`Kind::QemuRefused`] where there is no such object or property.
-pub async fn property(qmp: &Qmp, path: &str, property: &str) -> Result<Option<String>> {
-    let value = qmp
-        .execute_raw("qom-get", json!({"path": path, "property": property}))
-        .await?;
-    Ok(value
-        .as_str()
-        .filter(|text| !text.is_empty())
-        .map(str::to_owned))
+pub async fn property(qmp: &Qmp, path: &str, property: &str) -> Result<serde_json::Value> {
+    qmp.execute_raw("qom-get", json!({"path": path, "property": property}))
+        .await
 }

@@ -325,3 +325,92 @@ async fn the_last_handle_closes_the_connection() {
         .unwrap();
     assert!(rest.is_empty());
 }
+
+#[tokio::test]
+async fn a_monitor_that_does_not_read_is_still_heard() {
+    // Room for less than one command: the long one below cannot be sent whole.
+    let (ours, theirs) = tokio::io::duplex(64);
+    let mut peer = Peer {
+        stream: BufReader::new(theirs),
+    };
+    let client = tokio::spawn(Qmp::over(ours, PATIENCE));
+    peer.send(GREETING).await;
+    let id = peer.command().await.1;
+    peer.answer(&id, json!({})).await;
+    let qmp = client.await.unwrap().unwrap();
+    let mut events = qmp.events();
+    let (long, sent) = (qmp.clone(), json!({"text": "x".repeat(10_000)}));
+    let asked = tokio::spawn(async move { long.execute_raw("query-jobs", sent).await });
+    let mut first = [0];
+    peer.stream.read_exact(&mut first).await.unwrap();
+    for _ in 0..100 {
+        peer.send("{\"event\":\"X\"}\r\n").await;
+    }
+    for _ in 0..100 {
+        let event = tokio::time::timeout(PATIENCE, events.recv()).await;
+        assert_eq!(event.unwrap().unwrap().name, "X");
+    }
+    let mut rest = String::new();
+    peer.stream.read_line(&mut rest).await.unwrap();
+    let command: Value = serde_json::from_str(&format!("{{{rest}")).unwrap();
+    assert_eq!(command["arguments"]["text"].as_str().unwrap().len(), 10_000);
+    peer.answer(&command["id"], json!([])).await;
+    assert_eq!(asked.await.unwrap().unwrap(), json!([]));
+}
+
+#[tokio::test]
+async fn the_last_handle_closes_even_what_is_not_read() {
+    let (ours, theirs) = tokio::io::duplex(64);
+    let mut peer = Peer {
+        stream: BufReader::new(theirs),
+    };
+    let client = tokio::spawn(Qmp::over(ours, PATIENCE));
+    peer.send(GREETING).await;
+    let id = peer.command().await.1;
+    peer.answer(&id, json!({})).await;
+    let qmp = client.await.unwrap().unwrap();
+    let sent = json!({"text": "x".repeat(10_000)});
+    let error = qmp.execute_raw_within("query-jobs", sent, SHORT).await;
+    assert_eq!(error.unwrap_err().kind(), Kind::QemuTimeout);
+    drop(qmp);
+    // The end comes in the middle of the line.
+    let mut rest = Vec::new();
+    let read = tokio::time::timeout(PATIENCE, peer.stream.read_to_end(&mut rest)).await;
+    read.unwrap().unwrap();
+    assert!(!rest.contains(&b'\n'), "{} bytes", rest.len());
+}
+
+#[tokio::test]
+async fn what_was_not_sent_when_its_caller_gave_up_is_not_sent() {
+    let (ours, theirs) = tokio::io::duplex(64);
+    let mut peer = Peer {
+        stream: BufReader::new(theirs),
+    };
+    let client = tokio::spawn(Qmp::over(ours, PATIENCE));
+    peer.send(GREETING).await;
+    let id = peer.command().await.1;
+    peer.answer(&id, json!({})).await;
+    let qmp = client.await.unwrap().unwrap();
+    let sent = json!({"text": "x".repeat(10_000)});
+    let long = qmp.execute_raw_within("first", sent, SHORT);
+    let behind = qmp.execute_raw_within("second", json!({}), SHORT);
+    let (long, behind) = tokio::join!(long, behind);
+    assert_eq!(long.unwrap_err().kind(), Kind::QemuTimeout);
+    assert_eq!(behind.unwrap_err().kind(), Kind::QemuTimeout);
+    let third = tokio::spawn(async move { qmp.execute_raw("third", json!({})).await });
+    // What was begun is sent whole.
+    assert_eq!(peer.command().await.0, "first");
+    let (name, id) = peer.command().await;
+    assert_eq!(name, "third");
+    peer.answer(&id, json!(3)).await;
+    assert_eq!(third.await.unwrap().unwrap(), json!(3));
+}
+
+#[tokio::test]
+async fn null_is_an_answer() {
+    let (qmp, mut peer) = ready().await;
+    let asked = ask(&qmp);
+    let id = peer.command().await.1;
+    peer.answer(&id, Value::Null).await;
+    assert_eq!(asked.await.unwrap().unwrap(), Value::Null);
+}

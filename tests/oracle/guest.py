@@ -27,6 +27,7 @@ class Disk:
     cluster_size: int = 65536  # of qcow2
     driver: str = "virtio-blk"  # or virtio-scsi, nvme
     iothread: bool = False
+    image: str = ""  # one that is there already; "": a new one
 
 
 class GuestError(Exception):
@@ -34,15 +35,17 @@ class GuestError(Exception):
 
 
 class Guest:
-    """A running guest. `qmp` are the paths of two monitors, `images` those of the disks.
+    """A running guest. `qmp` are the paths of three monitors, `images` those of the disks.
 
     Leaving the `with` block kills QEMU and removes the folder with all files.
     """
 
     def __init__(self, disks, qemu="qemu-system-x86_64", memory=256, cpus=2, arguments=()):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="fleece-guest-"))
-        self.qmp = [str(self.folder / f"qmp{n}") for n in range(2)]
-        self.images = [str(self.folder / f"disk{n}.{disk.format}") for n, disk in enumerate(disks)]
+        self.qmp = [str(self.folder / f"qmp{n}") for n in range(3)]
+        self.images = [
+            disk.image or str(self.folder / f"disk{n}.{disk.format}") for n, disk in enumerate(disks)
+        ]
         self._lock = threading.Lock()
         self.process = self._control = None
         try:
@@ -90,7 +93,8 @@ class Guest:
         image = self.images[number]
         options = ["-o", f"cluster_size={disk.cluster_size}"] if disk.format == "qcow2" else []
         create = ["qemu-img", "create", "-q", "-f", disk.format, *options, image, str(disk.size)]
-        subprocess.run(create, check=True)
+        if not disk.image:
+            subprocess.run(create, check=True)
         name = f"disk{number}"
         file = {"driver": "file", "filename": image, "discard": "unmap"}
         node = {"driver": disk.format, "node-name": name, "discard": "unmap", "file": file}

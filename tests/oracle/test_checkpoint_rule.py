@@ -1,194 +1,262 @@
-"""The checkpoint follows the host's word: invariant 2, and 4 with it."""
+"""The checkpoint follows the host's word: a backup that is not committed costs nothing.
 
+However a backup ends, nothing of its session stays, the base does, and the next backup
+is incremental from that base, and right.
+"""
+
+import json
 import os
 import select
 import signal
 import subprocess
 import sys
-import unittest
 
-from .kit import PLUGIN, SECONDS, Case, Pull, bitmaps, ours
-from .machine import Machine
+from . import support
+from .guest import MIB, ROOT
+from .support import Backup, Rig, Vm, Wire, io, make_image, virtio
 
-SIZE = 8 << 20
+# More than all buffers between QEMU and a host that does not read.
+CHANGED = 24
+NODES = {"dev-a": "a", "dev-b": "b"}
+DEVICES = {disk: f"/machine/peripheral/{disk}/virtio-backend" for disk in NODES}
 
 
-class Rule(Case):
+class CheckpointRule(support.Test):
+    @classmethod
+    def setUpClass(cls):
+        cls.places = support.Places()
+        cls.addClassCleanup(cls.places.close)
+        qcow2, raw = cls.places.folder / "a.qcow2", cls.places.folder / "b.raw"
+        make_image(qcow2, "qcow2", 64 * MIB)
+        make_image(raw, "raw", 40 * MIB)
+        cls.rig = Rig(Vm(virtio("a", qcow2) + virtio("b", raw, "raw")))
+        cls.addClassCleanup(cls.rig.close)
+        cls.tests = 0
+
     def setUp(self):
-        super().setUp()
-        self.vm = Machine(self.folder, [{"size": SIZE}, {"size": SIZE, "format": "raw"}])
-        self.addCleanup(self.vm.close)
-        self.images = [bytearray(), bytearray()]
-        self.truth = [bytearray(SIZE), bytearray(SIZE)]
-        self.write(0, 0, 4 << 20, 1)
-        self.write(1, 0, 4 << 20, 2)
-        self.back_up(None, "a")
+        """A full backup, its checkpoint `base`, and many changes since."""
+        type(self).tests += 1
+        self.base, self.lost = f"base{self.tests}", f"lost{self.tests}"
+        for device in DEVICES.values():
+            io(self.rig.qmp, device, f"write -P {self.tests} 0 8M")
+        with self.rig.plugin() as plugin:
+            full = self.backup(plugin, checkpoint=self.base)
+            self.assertEqual(sorted(NODES), sorted(full.commit()["committed"]))
+        for device in DEVICES.values():
+            io(self.rig.qmp, device, f"write -P {self.tests + 100} 4M {CHANGED}M")
+            io(self.rig.qmp, device, "write -z 0 1M")
 
-    def write(self, number, offset, length, value):
-        if value:
-            self.vm.io(number, f"write -P {value} {offset} {length}")
-        else:
-            self.vm.io(number, f"write -z {offset} {length}")
-        self.truth[number][offset:offset + length] = bytes([value]) * length
+    def backup(self, plugin, **params):
+        """All streams of a new backup, held against the oracle."""
+        backup = Backup(plugin, self.rig.monitor, **params)
+        backup.read_all(self.rig)
+        self.rig.compare(self, backup, NODES)
+        return backup
 
-    def begin(self, plugin, base, checkpoint, **more):
-        return plugin.call("backup.begin", {"monitor": self.vm.monitor, "base": base, "checkpoint": checkpoint,
-                                            **more}, SECONDS)
+    @property
+    def params(self):
+        return {"monitor": self.rig.monitor, "base": self.base, "checkpoint": self.lost}
 
-    def back_up(self, base, checkpoint):
-        """A whole backup, applied to the images; the disks as begin told them."""
-        plugin = self.plugin()
-        began = self.begin(plugin, base, checkpoint)
-        for number in range(2):
-            Pull(plugin, began["backup"], f"disk{number}", self.images[number]).result()
-        plugin.call("backup.commit", {"backup": began["backup"]}, SECONDS)
-        self.assertEqual(plugin.close(), [])
-        return began["disks"]
+    def nothing_has_happened(self):
+        """Nothing of the lost backup is left, and the next one is relative to the base."""
+        self.assertEqual([], support.ours(self.rig.qmp))
+        self.assertEqual([], self.rig.files())
+        for device in DEVICES.values():
+            io(self.rig.qmp, device, "write -P 77 38M 64K")
+            io(self.rig.qmp, device, "write -z 6M 1M")
+        with self.rig.plugin() as plugin:
+            for disk, names in self.rig.checkpoints(plugin).items():
+                self.assertIn(self.base, names, disk)
+                self.assertNotIn(self.lost, names, disk)
+            backup = self.backup(plugin, base=self.base, checkpoint=f"next{self.tests}", strict=True)
+            for stream in backup.streams.values():
+                self.assertEqual(("incremental", self.base), (stream.begin["mode"], stream.begin["base"]))
+                self.assertEqual({"zero"}, stream.kinds(6 * MIB, 7 * MIB))
+                self.assertEqual({"same"}, stream.kinds(30 * MIB, 38 * MIB))
+                self.assertEqual({"data"}, stream.kinds(38 * MIB, 38 * MIB + 65536))
+            backup.commit()
 
-    def change(self):
-        for number in range(2):
-            self.write(number, 1 << 20, 1 << 20, 3)
-            self.write(number, 3 << 20, 1 << 19, 0)
+    def reading(self):
+        """A plugin in the middle of a stream that nobody reads."""
+        wire = Wire(self.rig.command())
+        self.addCleanup(wire.close)
+        backup = wire.call("backup.begin", self.params)["backup"]
+        stream = wire.send("backup.read", {"backup": backup, "disk": "dev-a"})
+        while True:
+            message, _ = wire.receive()
+            if message.get("method") == "record" and message["params"]["record"]["kind"] == "data":
+                return wire, backup, stream
 
-    def next_is_incremental(self, base, checkpoint):
-        """Whatever became of the last backup: the next builds on the old base, and is right."""
-        self.write(0, 5 << 20, 65536, 4)
-        disks = self.back_up(base, checkpoint)
-        self.assertEqual([disk["mode"] for disk in disks], ["incremental"] * 2)
-        for image, truth in zip(self.images, self.truth):
-            self.assertTrue(image == truth)
-        self.assert_clean(self.vm)
+    # --- ways to end without commit ---------------------------------------------------
 
-    def checkpoints(self, number):
-        names = bitmaps(self.vm, f"node{number}")
-        return sorted(name.split("/")[2] for name in names if name.startswith("qemu-fleece/"))
+    def test_the_host_is_killed(self):
+        arguments = [json.dumps(self.rig.command()), json.dumps(self.params)]
+        host = subprocess.Popen(
+            [sys.executable, "-m", "oracle.host_to_kill", *arguments],
+            cwd=ROOT / "tests",
+            stdout=subprocess.PIPE,
+        )
+        with host:
+            plugin = os.pidfd_open(int(host.stdout.readline()))
+            host.kill()
+        with os.fdopen(plugin):
+            self.assertTrue(select.select([plugin], [], [], 30)[0], "the plugin outlives its host")
+        self.nothing_has_happened()
 
-    def after_failure(self):
-        self.assert_clean(self.vm)
-        self.assertEqual([self.checkpoints(0), self.checkpoints(1)], [["a"], ["a"]])
-        self.next_is_incremental("a", "b2")
+    def test_standard_input_ends(self):
+        wire, _, _ = self.reading()
+        wire.process.stdin.close()
+        self.assertEqual(3, wire.wait())
+        self.nothing_has_happened()
 
-    def test_commit_keeps_the_new_one_and_the_base(self):
-        self.change()
-        self.back_up("a", "b")
-        self.assertEqual([self.checkpoints(0), self.checkpoints(1)], [["a", "b"], ["a", "b"]])
-        self.next_is_incremental("b", "c")
-
-    def test_an_older_base_serves_too(self):
-        start = [bytearray(image) for image in self.images]
-        self.change()
-        self.back_up("a", "b")
-        self.images = start
-        self.next_is_incremental("a", "c")
-
-    def test_writes_while_the_backup_is_open_are_the_next_ones(self):
-        plugin = self.plugin()
-        began = self.begin(plugin, "a", "b")
-        then = [bytes(truth) for truth in self.truth]
-        self.change()
-        for number in range(2):
-            Pull(plugin, began["backup"], f"disk{number}", self.images[number]).result()
-            self.assertTrue(self.images[number] == then[number])
-        plugin.call("backup.commit", {"backup": began["backup"], "delete_checkpoints": ["a", "unknown"]}, SECONDS)
-        plugin.close()
-        self.assertEqual(self.checkpoints(0), ["b"])
-        self.next_is_incremental("b", "c")
-
-    def test_abort(self):
-        plugin = self.plugin()
-        began = self.begin(plugin, "a", "b")
-        self.change()
-        Pull(plugin, began["backup"], "disk0", bytearray()).result()
-        for _ in range(2):
-            self.assertEqual(plugin.call("backup.abort", {"backup": began["backup"]}, SECONDS), {"leftovers": []})
-        self.refused("backup_ended", plugin, "backup.commit", backup=began["backup"])
-        plugin.close()
-        self.after_failure()
-
-    def test_commit_twice_and_of_what_was_not_read(self):
-        plugin = self.plugin()
-        began = self.begin(plugin, "a", "b")
-        self.refused("unknown_backup", plugin, "backup.commit", backup="none")
-        data = self.refused("incomplete", plugin, "backup.commit", backup=began["backup"])
-        self.assertEqual((data["disk"], data["state_left"]), ("disk0", "backup_open"))
-        self.refused("unknown_disk", plugin, "backup.commit", backup=began["backup"], disks=["disk7"])
-        for number in range(2):
-            Pull(plugin, began["backup"], f"disk{number}", self.images[number]).result()
-        first = plugin.call("backup.commit", {"backup": began["backup"]}, SECONDS)
-        self.assertEqual(plugin.call("backup.commit", {"backup": began["backup"]}, SECONDS), first)
-        self.refused("backup_ended", plugin, "backup.abort", backup=began["backup"])
-        plugin.close()
-        self.assert_clean(self.vm)
-
-    def test_commit_of_one_disk(self):
-        plugin = self.plugin()
-        began = self.begin(plugin, "a", "b")
-        Pull(plugin, began["backup"], "disk1", self.images[1]).result()
-        result = plugin.call("backup.commit", {"backup": began["backup"], "disks": ["disk1"],
-                                               "delete_checkpoints": ["a"]}, SECONDS)
-        self.assertEqual((result["committed"], result["deleted"]), (["disk1"], ["disk1/a"]))
-        plugin.close()
-        self.assertEqual([self.checkpoints(0), self.checkpoints(1)], [["a"], ["b"]])
-        self.assert_clean(self.vm)
-
-    def test_shutdown(self):
-        plugin = self.plugin()
-        began = self.begin(plugin, "a", "b")
-        self.change()
-        self.assertEqual(plugin.call("shutdown", {}, SECONDS), {"aborted": [began["backup"]], "leftovers": []})
-        plugin.close()
-        self.after_failure()
-
-    def test_the_host_is_killed_in_the_middle_of_a_stream(self):
-        host = subprocess.Popen([sys.executable, "-c", HOST, PLUGIN, self.vm.monitor, str(self.places)],
-                                stdout=subprocess.PIPE, text=True)
-        self.addCleanup(host.stdout.close)
-        self.addCleanup(host.kill)
-        plugin = int(host.stdout.readline())
-        self.assertNotEqual(ours(self.vm), [])
-        self.change()
-        gone = os.pidfd_open(plugin)
-        host.kill()
-        host.wait()
-        wait_for(gone)
-        self.after_failure()
+    def test_standard_output_is_closed(self):
+        wire, _, _ = self.reading()
+        wire.process.stdout.close()
+        self.assertEqual(3, wire.wait())
+        self.nothing_has_happened()
 
     def test_signals(self):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            with self.subTest(number):
-                plugin = self.plugin(stderr=subprocess.DEVNULL)
-                self.begin(plugin, "a", f"b{number}")
-                plugin._process.send_signal(number)
-                self.assertEqual(plugin._process.wait(SECONDS), 3)
-                plugin.close()
-                self.assert_clean(self.vm)
-        self.after_failure()
+            wire, _, _ = self.reading()
+            wire.process.send_signal(number)
+            if number != signal.SIGTERM:  # That one finds standard output stuck.
+                while wire.receive():
+                    pass
+            self.assertEqual(3, wire.wait(), number)
+            self.assertEqual([], support.ours(self.rig.qmp))
+        self.nothing_has_happened()
 
+    def test_abort_in_the_middle_of_a_stream(self):
+        wire, backup, stream = self.reading()
+        abort = wire.send("backup.abort", {"backup": backup})
+        # Both are answered, in any order; the stream says that it is void.
+        answers, kinds = {}, []
+        while len(answers) < 2:
+            message, _ = wire.receive()
+            if "id" in message:
+                answers[message["id"]] = message
+            elif message["method"] == "record":
+                kinds.append(message["params"]["record"]["kind"])
+        self.assertEqual("cancelled", answers[stream]["error"]["data"]["code"])
+        self.assertEqual({"leftovers": []}, answers[abort]["result"])
+        self.assertEqual("failed", kinds[-1])
+        wire.call("shutdown", {})
+        self.assertEqual(0, wire.wait())
+        self.nothing_has_happened()
 
-# A host that opens a backup, starts to read, and never reads on.
-HOST = """
-import json, subprocess, sys, time
-plugin = subprocess.Popen([sys.argv[1], "--scratch-dir", sys.argv[3], "--runtime-dir", sys.argv[3]],
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-def ask(id, method, **params):
-    plugin.stdin.write(json.dumps({"jsonrpc": "2.0", "id": id, "method": method, "params": params}) + "\\n")
-ask(1, "hello", protocols=[1], host={"name": "t", "version": "1"})
-plugin.stdout.readline()
-ask(2, "backup.begin", monitor=sys.argv[2], base="a", checkpoint="b")
-backup = json.loads(plugin.stdout.readline())["result"]["backup"]
-ask(3, "backup.read", backup=backup, disk="disk0")
-plugin.stdout.readline()
-print(plugin.pid, flush=True)
-time.sleep(600)
-"""
+    def test_shutdown_with_an_open_backup(self):
+        wire, backup, _ = self.reading()
+        self.assertEqual({"aborted": [backup], "leftovers": []}, wire.call("shutdown", {}))
+        self.assertEqual(0, wire.wait())
+        self.nothing_has_happened()
 
+    def test_cancel_of_a_stream_leaves_the_backup_open(self):
+        wire, backup, stream = self.reading()
+        cancel = wire.send("cancel", {"id": stream})
+        answers = {}
+        while len(answers) < 2:
+            message, _ = wire.receive()
+            if "id" in message:
+                answers[message["id"]] = message
+        self.assertEqual({"found": True}, answers[cancel]["result"])
+        data = answers[stream]["error"]["data"]
+        self.assertEqual(("cancelled", "backup_open"), (data["code"], data["state_left"]))
+        self.assertTrue(support.ours(self.rig.qmp))
+        # It cannot be committed, and can be aborted.
+        reply = wire.reply(wire.send("backup.commit", {"backup": backup}))
+        self.assertEqual("incomplete", reply["error"]["data"]["code"])
+        self.assertEqual("backup_open", reply["error"]["data"]["state_left"])
+        self.assertEqual({"leftovers": []}, wire.call("backup.abort", {"backup": backup}))
+        wire.close()
+        self.nothing_has_happened()
 
-def wait_for(pidfd):
-    """Until the process has ended."""
-    if not select.select([pidfd], [], [], SECONDS)[0]:
-        raise AssertionError("the plugin lives on")
-    os.close(pidfd)
+    def test_cancel_of_begin(self):
+        wire = Wire(self.rig.command())
+        self.addCleanup(wire.close)
+        for _ in range(5):
+            begin = wire.send("backup.begin", self.params)
+            wire.send("cancel", {"id": begin})
+            reply = wire.reply(begin)
+            if "error" in reply:  # Else it was done before.
+                data = reply["error"]["data"]
+                self.assertEqual(("cancelled", "unchanged"), (data["code"], data["state_left"]))
+            else:
+                wire.call("backup.abort", {"backup": reply["result"]["backup"]})
+            self.assertEqual([], support.ours(self.rig.qmp))
+        wire.close()
+        self.nothing_has_happened()
 
+    def test_a_backup_that_is_read_to_its_end_and_aborted(self):
+        with self.rig.plugin() as plugin:
+            backup = Backup(plugin, **self.params)
+            for disk in NODES:
+                backup.read(disk, self.rig.folder / f"{disk}.spoilt")
+            self.assertEqual({"leftovers": []}, backup.abort())
+        self.nothing_has_happened()
 
-if __name__ == "__main__":
-    unittest.main()
+    # --- commit -----------------------------------------------------------------------
+
+    def test_commit_of_a_subset(self):
+        with self.rig.plugin() as plugin:
+            backup = self.backup(plugin, base=self.base, checkpoint="part")
+            self.assertEqual(["dev-b"], backup.commit(disks=["dev-b"])["committed"])
+            self.assertEqual([], support.ours(self.rig.qmp))
+            checkpoints = self.rig.checkpoints(plugin)
+            self.assertIn(self.base, checkpoints["dev-a"])
+            self.assertNotIn("part", checkpoints["dev-a"])
+            self.assertLessEqual({self.base, "part"}, set(checkpoints["dev-b"]))
+            # dev-a goes on from the base, dev-b from the new one.
+            io(self.rig.qmp, DEVICES["dev-b"], "write -P 3 20M 64K")
+            disks = [{"disk": "dev-a", "base": self.base}, {"disk": "dev-b", "base": "part"}]
+            after = self.backup(plugin, disks=disks, strict=True)
+            self.assertLess(after.disks["dev-b"]["changed_bytes"], MIB)
+            self.assertGreaterEqual(after.disks["dev-a"]["changed_bytes"], CHANGED * MIB)
+            after.commit()
+
+    def test_only_what_is_committed_must_have_been_read(self):
+        with self.rig.plugin() as plugin:
+            backup = Backup(plugin, self.rig.monitor, checkpoint="half")
+            backup.read("dev-a", self.rig.folder / "half.image")
+            params = {"backup": backup.id}
+            data = self.refused("incomplete", plugin, "backup.commit", params)
+            self.assertEqual("dev-b", data["disk"])
+            self.refused("unknown_disk", plugin, "backup.commit", {**params, "disks": ["dev-c"]})
+            self.assertEqual(["dev-a"], backup.commit(disks=["dev-a"])["committed"])
+            self.assertIn("half", self.rig.checkpoints(plugin)["dev-a"])
+            self.assertNotIn("half", self.rig.checkpoints(plugin)["dev-b"])
+
+    def test_checkpoints_are_deleted_with_a_commit_only(self):
+        with self.rig.plugin() as plugin:
+            backup = self.backup(plugin, base=self.base, checkpoint="newer")
+            result = backup.commit(delete_checkpoints=[self.base, "never-was"])
+            self.assertEqual([f"{disk}/{self.base}" for disk in NODES], sorted(result["deleted"]))
+            for names in self.rig.checkpoints(plugin).values():
+                self.assertNotIn(self.base, names)
+                self.assertIn("newer", names)
+            full = self.backup(plugin, base=self.base)
+            for disk in full.disks.values():
+                self.assertEqual(("incremental", "full", "base_missing"),
+                                 (disk["planned"], disk["mode"], disk["reason"]))
+            full.abort()
+
+    def test_a_word_is_taken_twice_and_not_taken_back(self):
+        with self.rig.plugin() as plugin:
+            backup = self.backup(plugin, base=self.base, checkpoint="twice")
+            self.assertEqual(backup.commit(), backup.commit())
+            self.refused("backup_ended", plugin, "backup.abort", {"backup": backup.id})
+            self.refused("backup_ended", plugin, "backup.read", {"backup": backup.id, "disk": "dev-a"})
+            backup = Backup(plugin, **self.params)
+            self.assertEqual(backup.abort(), backup.abort())
+            self.refused("backup_ended", plugin, "backup.commit", {"backup": backup.id})
+            self.refused("unknown_backup", plugin, "backup.commit", {"backup": "aaaaaaaaaa"})
+        self.nothing_has_happened()
+
+    def test_an_older_base_is_a_differential(self):
+        with self.rig.plugin() as plugin:
+            first = self.backup(plugin, base=self.base, checkpoint="first")
+            first.commit()
+            io(self.rig.qmp, DEVICES["dev-a"], "write -P 9 36M 1M")
+            both = self.backup(plugin, base=self.base, strict=True)
+            self.assertGreaterEqual(both.disks["dev-a"]["changed_bytes"], (CHANGED + 1) * MIB)
+            both.abort()
+            self.assertIn("first", self.rig.checkpoints(plugin)["dev-a"])

@@ -97,7 +97,7 @@ class ProxyTest(unittest.TestCase):
         self.addCleanup(self.guest.close)
         self.listen = f"{self.folder}/qmp"
         self.images = pathlib.Path(self.folder, "images")
-        self.proxy = Proxy(self.listen, *self.guest.qmp, self.images)
+        self.proxy = Proxy(self.listen, *self.guest.qmp[:2], self.images)
         self.addCleanup(self.proxy.close)
 
     def test_both_views_are_equal_while_the_guest_writes(self):
