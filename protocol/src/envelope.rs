@@ -26,6 +26,15 @@ pub enum Id {
 }
 
 impl Id {
+    /// Reads an id without keeping anything else that may stand in its place.
+    fn read(text: &str) -> Option<Self> {
+        let number = serde_json::from_str(text).map(Self::Number);
+        number
+            .or_else(|_| serde_json::from_str(text).map(Self::Text))
+            .ok()
+            .filter(Self::is_sane)
+    }
+
     fn is_sane(&self) -> bool {
         match self {
             Self::Number(number) => *number <= MAX_ID,
@@ -68,14 +77,20 @@ pub struct BadLine {
     pub payload_bytes: u64,
 }
 
+/// The members as text: one of a wrong type must not hide the id and the payload,
+/// which the reply and the framing need.
 #[derive(Deserialize)]
 struct Loose {
-    jsonrpc: Option<String>,
-    id: Option<serde_json::Value>,
-    method: Option<String>,
+    jsonrpc: Option<Box<RawValue>>,
+    id: Option<Box<RawValue>>,
+    method: Option<Box<RawValue>>,
     params: Option<Box<RawValue>>,
-    #[serde(default)]
-    payload_bytes: u64,
+    payload_bytes: Option<Box<RawValue>>,
+}
+
+/// A member of `T`; `None` where it is absent or something else.
+fn read<T: for<'a> Deserialize<'a>>(member: Option<&RawValue>) -> Option<T> {
+    member.and_then(|text| serde_json::from_str(text.get()).ok())
 }
 
 impl Request {
@@ -108,10 +123,10 @@ impl Request {
                 0,
             ));
         }
-        if text.trim_start().starts_with('[') {
+        if !text.trim_start().starts_with('{') {
             return Err(bad(
                 None,
-                Code::InvalidRequest,
+                Code::ParseError,
                 "a line holds one object; batches are not part of this protocol".into(),
                 0,
             ));
@@ -123,18 +138,24 @@ impl Request {
             };
             bad(None, code, format!("the line is no request: {error}"), 0)
         })?;
-        let payload_bytes = loose.payload_bytes;
-        let id = loose
-            .id
-            .and_then(|id| serde_json::from_value::<Id>(id).ok())
-            .filter(Id::is_sane);
+        let payload = read(loose.payload_bytes.as_deref());
+        let payload_bytes = payload.unwrap_or(0);
+        let id = loose.id.and_then(|id| Id::read(id.get()));
         let Some(id) = id else {
             let why = format!(
                 "a request needs an id: a string of 1 to {MAX_ID_BYTES} bytes or an integer from 0 to {MAX_ID}"
             );
             return Err(bad(None, Code::InvalidRequest, why, payload_bytes));
         };
-        if loose.jsonrpc.as_deref() != Some("2.0") {
+        if payload.is_none() && loose.payload_bytes.is_some() {
+            return Err(bad(
+                Some(id),
+                Code::InvalidRequest,
+                "`payload_bytes` must be a number of bytes".into(),
+                0,
+            ));
+        }
+        if read::<String>(loose.jsonrpc.as_deref()).as_deref() != Some("2.0") {
             return Err(bad(
                 Some(id),
                 Code::InvalidRequest,
@@ -142,11 +163,11 @@ impl Request {
                 payload_bytes,
             ));
         }
-        let Some(method) = loose.method else {
+        let Some(method) = read(loose.method.as_deref()) else {
             return Err(bad(
                 Some(id),
                 Code::InvalidRequest,
-                "`method` is missing".into(),
+                "`method` must be a text".into(),
                 payload_bytes,
             ));
         };
@@ -270,7 +291,11 @@ mod tests {
             (b"{} {}", (Code::ParseError, None)),
             (b"\xff\xfe", (Code::ParseError, None)),
             (b"{\"a\":\"\0\"}", (Code::ParseError, None)),
-            (b"[]", (Code::InvalidRequest, None)),
+            (b"[]", (Code::ParseError, None)),
+            (b" [{\"id\":7}]", (Code::ParseError, None)),
+            (b"7", (Code::ParseError, None)),
+            (b"null", (Code::ParseError, None)),
+            (b"{}", (Code::InvalidRequest, None)),
             (
                 b"{\"jsonrpc\":\"2.0\",\"method\":\"ping\"}",
                 (Code::InvalidRequest, None),
@@ -289,6 +314,18 @@ mod tests {
             ),
             (
                 b"{\"jsonrpc\":\"2.0\",\"id\":7}",
+                (Code::InvalidRequest, seven.clone()),
+            ),
+            (
+                b"{\"jsonrpc\":2.0,\"method\":\"ping\",\"id\":7}",
+                (Code::InvalidRequest, seven.clone()),
+            ),
+            (
+                b"{\"jsonrpc\":\"2.0\",\"method\":{},\"id\":7}",
+                (Code::InvalidRequest, seven.clone()),
+            ),
+            (
+                b"{\"jsonrpc\":\"2.0\",\"method\":\"ping\",\"id\":7,\"payload_bytes\":-1}",
                 (Code::InvalidRequest, seven),
             ),
         ] {
@@ -296,7 +333,7 @@ mod tests {
         }
         let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
         let line = format!("{{\"jsonrpc\":\"2.0\",\"id\":{deep},\"method\":\"ping\"}}");
-        assert_eq!(code_of(line.as_bytes()), (Code::ParseError, None));
+        assert_eq!(code_of(line.as_bytes()), (Code::InvalidRequest, None));
         let line = format!(
             "{{\"jsonrpc\":\"2.0\",\"id\":7,\"method\":\"ping\",\"params\":{{\"a\":{deep}}}}}"
         );
@@ -309,8 +346,14 @@ mod tests {
 
     #[test]
     fn a_bad_request_still_tells_its_payload() {
-        let bad =
-            Request::parse(b"{\"jsonrpc\":\"1.0\",\"id\":1,\"payload_bytes\":12}").unwrap_err();
-        assert_eq!(bad.payload_bytes, 12);
+        for line in [
+            r#"{"jsonrpc":"1.0","id":1,"payload_bytes":12}"#,
+            r#"{"jsonrpc":{},"id":1,"payload_bytes":12}"#,
+            r#"{"jsonrpc":"2.0","id":[],"payload_bytes":12}"#,
+            r#"{"jsonrpc":"2.0","id":1,"method":2,"payload_bytes":12}"#,
+        ] {
+            let bad = Request::parse(line.as_bytes()).unwrap_err();
+            assert_eq!(bad.payload_bytes, 12, "{line}");
+        }
     }
 }

@@ -16,9 +16,20 @@ pub enum Carrier {
     Framed,
 }
 
-/// Who speaks.
+/// Who answers.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Implementation {
+    /// The program.
+    pub name: String,
+    /// Its version, in its own form.
+    pub version: String,
+}
+
+// Apart from `Implementation`, because parameters are closed and results are not.
+/// Who asks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Host {
     /// The program.
     pub name: String,
     /// Its version, in its own form.
@@ -32,7 +43,7 @@ pub struct HelloParams {
     /// Protocol versions that the host speaks.
     pub protocols: Vec<u32>,
     /// The host.
-    pub host: Implementation,
+    pub host: Host,
     /// How records' bytes shall travel, both ways.
     #[serde(default)]
     pub carrier: Carrier,

@@ -2,7 +2,8 @@
 //! `data` record's bytes straight behind its line.
 
 use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use serde::de::IntoDeserializer;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::backup::{FullReason, Mode};
 use crate::error::Action;
@@ -32,7 +33,11 @@ pub enum Record {
         /// Number of bytes, not 0.
         length: u64,
         /// The source has no storage for it.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        #[serde(
+            default,
+            deserialize_with = "or_default",
+            skip_serializing_if = "std::ops::Not::not"
+        )]
         hole: bool,
     },
     /// A range that is unchanged since the base.
@@ -65,6 +70,7 @@ pub struct Begin {
     /// The disk's bytes.
     pub size: u64,
     /// Full or incremental.
+    #[serde(deserialize_with = "word")]
     pub mode: Mode,
     /// Why it is full although a base was asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -78,8 +84,30 @@ pub struct Begin {
     /// The grain of change tracking.
     pub granularity: u64,
     /// Where the records start: 0, or the offset that a broken stream goes on from.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(
+        default,
+        deserialize_with = "or_default",
+        skip_serializing_if = "is_zero"
+    )]
     pub offset: u64,
+}
+
+/// A member that is null means the same as one that is absent.
+fn or_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de> + Default,
+{
+    Ok(Option::<T>::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// A word and nothing else: serde alone reads `{"full":null}` for `"full"` too.
+fn word<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    T::deserialize(String::deserialize(deserializer)?.into_deserializer())
 }
 
 #[expect(

@@ -19,6 +19,9 @@ use crate::record::{Begin, End, FORMAT, Record};
 /// Longest header line of a stored stream.
 pub const MAX_HEADER_BYTES: usize = 64 * 1024;
 
+/// Largest number of the protocol: sizes beyond it are damage.
+const MAX_NUMBER: u64 = 1 << 63;
+
 /// The running digest and counts of a stream.
 #[derive(Clone, Debug)]
 struct Sum {
@@ -171,6 +174,9 @@ impl Checker {
                 begin.format
             ));
         }
+        if begin.size > MAX_NUMBER || begin.granularity > MAX_NUMBER {
+            return Err(format!("it has a number over {MAX_NUMBER}"));
+        }
         if begin.offset != 0 {
             return Err(format!(
                 "it goes on from offset {}: the part before is missing",
@@ -221,6 +227,9 @@ impl Checker {
                 self.begin.size
             ));
         };
+        if kind == b'd' && length > MAX_PAYLOAD_BYTES {
+            return Err(format!("a record is longer than {MAX_PAYLOAD_BYTES} bytes"));
+        }
         if kind == b's' && self.begin.mode == Mode::Full {
             return Err("a `same` record in a full stream".into());
         }
@@ -234,8 +243,7 @@ impl Checker {
                 }
             }
             (b'd', _) => return Err("a `data` record without its payload".into()),
-            (_, Some(_)) => return Err("a payload with a record that has none".into()),
-            (_, None) => {}
+            _ => {}
         }
         self.sum.add(kind, offset, length, crc32);
         self.offset = end;
@@ -295,6 +303,9 @@ impl Chain {
     }
 
     fn step(&mut self, record: &Record, payload: Option<&[u8]>) -> Result<(), String> {
+        if payload.is_some() && !matches!(record, Record::Data { .. }) {
+            return Err("a payload with a record that has none".into());
+        }
         match (&mut self.open, record) {
             (None, Record::Begin(begin)) => {
                 let checker = Checker::new(begin)?;
@@ -429,6 +440,7 @@ impl Reader {
                     }
                     let record: Record = serde_json::from_slice(&line)
                         .map_err(|error| self.damage(format!("no record: {error}")))?;
+                    // Before its bytes are waited for: they would all be kept.
                     if let Record::Data { length, .. } = record {
                         let length = usize::try_from(length)
                             .ok()

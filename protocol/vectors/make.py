@@ -75,6 +75,21 @@ FULL = Stream(2048).data(A).zero(512, hole=True).data(B).zero(512).end()
 INCREMENT = increment().same(512).data(A).zero(512).same(512).end()
 
 
+def padded(content, length):
+    """The same record on a line of exactly `length` bytes: JSON bears spaces behind it."""
+    return content.rstrip(b"\n").ljust(length) + b"\n"
+
+
+def zero(**members):
+    """Just a zero record's line, of members that the digest does not know of."""
+    return line(kind="zero", **members)
+
+
+def end_of(stream):
+    """Its `end` alone."""
+    return stream[stream.rindex(b'{"kind":"end"'):]
+
+
 def valid():
     yield "full", FULL
     yield "empty_disk", Stream(0).end()
@@ -88,6 +103,18 @@ def valid():
     yield "unknown_reason", Stream(512, reason="base_of_later_version").data(A).end()
     spaced = Stream(512).bytes.replace(b'"kind"', b'  "kind" ').replace(b'"disk0"', b'"disk\\u0030"')
     yield "other_formatting", spaced + Stream(512).data(A).end().split(b"\n", 1)[1]
+    turned = {name: value for name, value in reversed(json.loads(end_of(Stream(512).data(A).end())).items())}
+    yield "other_order", Stream(512).data(A).bytes + line(**turned)
+    nulls = Stream(512, reason=None, offset=None).bytes.replace(b'"granularity"', b'"base":null,"granularity"')
+    yield "null_members", nulls + Stream(512).zero(512, hole=None).end().split(b"\n", 1)[1]
+    yield "defaults_spelled_out", Stream(512, offset=0).zero(512, hole=False).end()
+    # The name is escaped in one stream and plain in the other; the digest goes over its UTF-8.
+    name = "d\u00efsk \U0001f4be"
+    plain = increment(disk=name).same(2048).end().replace(json.dumps(name).encode(), f'"{name}"'.encode())
+    yield "name_beyond_ascii", Stream(2048, disk=name).zero(2048).end() + plain
+    yield "empty_chain", Stream(0).end() + increment(0).end()
+    yield "longest_header", Stream(512).bytes + padded(zero(offset=0, length=512), 65536) \
+        + end_of(Stream(512).zero(512).end())
     yield "payload_of_lines", Stream(512).data((b'{"kind":"end"}\n' * 40)[:512]).end()
 
 
@@ -122,7 +149,8 @@ def damaged():
     yield "no_base", FULL + increment(base=None).same(2048).end(), 1, 0, "an incremental without a base"
     over = b"\x5a" * 1048577
     yield "over_long_record", Stream(len(over)).data(over[:1024], length=len(over)).end(), 0, 0, "a record over 1 MiB"
-    yield "over_long_header", Stream(512).raw(b" " * 70000 + b"\n").end(), 0, 0, "a header line over 65536 bytes"
+    yield "over_long_header", Stream(512).bytes + padded(zero(offset=0, length=512), 65537) \
+        + end_of(Stream(512).zero(512).end()), 0, 0, "a header line over 65536 bytes"
     yield "unknown_kind", Stream(512).raw(line(kind="hole", offset=0, length=512)).end(), 0, 0, "an unknown kind"
     yield "unknown_format", Stream(512).data(A).end().replace(b'"format":1', b'"format":2'), 0, 0, "another format"
     yield "unknown_mode", Stream(512, mode="half").data(A).end(), 0, 0, "an unknown mode"
@@ -154,7 +182,67 @@ def damaged():
     yield "missing_link", FULL + increment(base="two", checkpoint="three").same(2048).end(), 1, 0, "a link is missing"
     yield "no_checkpoint_to_build_on", Stream(2048, checkpoint=None).zero(2048).end() + INCREMENT, 1, 0, \
         "the stream before made no checkpoint"
+    yield from more_damaged_members()
+    yield from more_damaged_order()
     yield "second_cut", FULL + INCREMENT[:-1], 1, 2048, "the second stream is cut off"
+
+
+def more_damaged_members():
+    """Each one record that says another thing than its rule; the rest of the stream is right."""
+    good = Stream(512).data(A).end()
+    for name, old, new, what in [
+        ("mode_in_object", b'"full"', b'{"full":null}', "a mode that is no text"),
+        ("other_mode", b'"full"', b'"Full"', "a mode in another case"),
+        ("size_over_63_bits", b'"size":512', b'"size":9223372036854776320', "a size over 2^63"),
+        ("size_over_64_bits", b'"size":512', b'"size":18446744073709552128', "a size over 64 bits"),
+        ("no_disk", b'"disk":"disk0",', b"", "begin without disk"),
+        ("two_disks", b'"disk":', b'"disk":"disk1","disk":', "two members of a name that disagree"),
+        ("two_kinds", b'"kind":"data",', b'"kind":"same","kind":"data",', "two kinds"),
+        ("length_in_text", b'"length":512', b'"length":"512"', "a number in quotes"),
+        ("length_in_exponent", b'"length":512', b'"length":5.12e2', "a length that is no integer"),
+        ("boolean_offset", b'"offset":0', b'"offset":false', "a boolean for a number"),
+        ("null_offset", b'"offset":0,', b'"offset":null,', "null where a member must be"),
+        ("no_crc32", f',"crc32":{zlib.crc32(A)}'.encode(), b"", "data without crc32"),
+        ("crc32_over_32_bits", b'"crc32":', b'"crc32":4294967296', "a crc32 over 32 bits"),
+        ("trailing_comma", f"{zlib.crc32(A)}}}".encode(), f"{zlib.crc32(A)},}}".encode(), "a comma too many"),
+    ]:
+        assert good.count(old) == 1, name
+        yield name, good.replace(old, new), 0, 0, what
+    digest = json.loads(end_of(good))["digest"]
+    yield "digest_in_capitals", good.replace(digest.encode(), digest.upper().encode()), 0, 512, "not in lower case"
+    yield "digest_missing", good.replace(f',"digest":"{digest}"'.encode(), b""), 0, 512, "end without digest"
+    yield "other_data", Stream(512).data(B).bytes + end_of(good), 0, 512, "bytes and crc32 agree, the digest does not"
+    turned = INCREMENT.replace(b'"zero","offset":1024', b'"same","offset":1024') \
+        .replace(b'"same","offset":1536', b'"zero","offset":1536')
+    yield "zero_for_same", FULL + turned, 1, 2048, "zero and same change places, the counts hold"
+
+
+def more_damaged_order():
+    """Records that are each right, and do not belong where they stand."""
+    end = end_of(Stream(512).data(A).end())
+    failed = line(kind="failed", code="nbd_closed", action="retry", offset=0)
+    yield "end_first", end, 0, 0, "end without begin"
+    yield "end_twice", Stream(512).data(A).end() + end, 1, 0, "end twice"
+    yield "failed_first", failed, 0, 0, "failed without begin"
+    yield "failed_behind_begin", Stream(512).bytes + failed, 0, 0, "failed at once"
+    yield "failed_at_the_end", Stream(512).data(A).bytes + failed, 0, 512, "all of the disk, and failed"
+    yield "failed_and_end", Stream(512).data(A).raw(failed).end(), 0, 512, "failed, and then end"
+    later = failed.replace(b"nbd_closed", b"of_a_later_version").replace(b"retry", b"of_a_later_version")
+    yield "failed_in_a_new_way", Stream(1024).data(A).bytes + later, 0, 512, "a code that is not known"
+    yield "empty_line_first", b"\n" + FULL, 0, 0, "an empty line before begin"
+    yield "empty_line_within", Stream(1024).data(A).raw(b"\n").data(B).end(), 0, 512, "an empty line between records"
+    yield "empty_data", Stream(512).data(b"").data(A).end(), 0, 0, "a data record of length 0"
+    yield "empty_disk_with_record", Stream(0).zero(1).end(), 0, 0, "a record of a disk of 0 bytes"
+    yield "one_past_the_end", Stream(1001).data(b"x" * 1000).zero(2).end(), 0, 1000, "one byte past the disk"
+    yield "one_short", Stream(1001).data(b"x" * 1000).end(), 0, 1000, "one byte is missing"
+    short = Stream(512).data(A[:511]).raw(A[511:]).zero(1).end()
+    yield "payload_too_long", short, 0, 511, "a byte behind a payload"
+    yield "second_without_records", FULL + increment().bytes, 1, 0, "nothing behind the second begin"
+    yield "second_cut_in_begin", FULL + INCREMENT[:20], 1, 0, "cut off in the second begin"
+    yield "second_bad_crc", FULL + increment().same(512).data(A, crc32=1).same(1024).end(), 1, 512, "a bad crc32"
+    yield "second_gap", FULL + increment().same(512).same(512, offset=1024).end(), 1, 512, "a gap in the second stream"
+    yield "second_bad_digest", FULL + INCREMENT[:-4] + b"?" + INCREMENT[-3:], 1, 2048, "another digest in the second"
+    yield "second_goes_on", FULL + increment(offset=512).same(1536, offset=512).end(), 1, 0, "its part before is missing"
 
 
 def main():

@@ -21,9 +21,9 @@ fn what_is_no_request_is_answered_under_null() {
         (deep.as_bytes(), "parse_error"),
         (
             b"[{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"ping\"}]",
-            "invalid_request",
+            "parse_error",
         ),
-        (b"\"ping\"", "invalid_request"),
+        (b"\"ping\"", "parse_error"),
         (
             b"{\"jsonrpc\":\"2.0\",\"method\":\"ping\"}",
             "invalid_request",
@@ -53,10 +53,6 @@ fn what_is_no_request_is_answered_under_null() {
             "invalid_request",
         ),
         (
-            b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":7}",
-            "invalid_request",
-        ),
-        (
             b"{\"jsonrpc\":\"2.0\",\"id\":1,\"id\":2,\"method\":\"ping\"}",
             "invalid_request",
         ),
@@ -78,6 +74,10 @@ fn what_is_no_sane_request_is_answered_under_its_id() {
             "invalid_request",
         ),
         (json!({"jsonrpc": "2.0", "id": 7}), "invalid_request"),
+        (
+            json!({"jsonrpc": "2.0", "id": 7, "method": 7}),
+            "invalid_request",
+        ),
         (
             json!({"jsonrpc": "2.0", "id": 7, "method": "pong"}),
             "method_not_found",

@@ -1,0 +1,311 @@
+//! Every message through JSON and back, and what becomes of members and words
+//! that nobody knows.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+
+use qemu_fleece_protocol::envelope::{Id, Request, error_line, notification_line, result_line};
+use qemu_fleece_protocol::{
+    Action, Code, WireError, backup, error, event, hello, restore, schema, vm,
+};
+use schemars::JsonSchema;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+
+/// What every message can do.
+trait Message: Serialize + DeserializeOwned + JsonSchema + PartialEq + Debug {}
+impl<T: Serialize + DeserializeOwned + JsonSchema + PartialEq + Debug> Message for T {}
+
+/// `value` once for each object in it, with a member more in that one. Not within a
+/// record: it ignores what it does not know, also in parameters.
+fn widened(value: &Value) -> Vec<Value> {
+    let mut all = Vec::new();
+    match value {
+        Value::Object(members) => {
+            let mut wide = members.clone();
+            wide.insert("later".into(), json!({"a": [1, null]}));
+            all.push(Value::Object(wide));
+            for (name, member) in members.iter().filter(|(name, _)| *name != "record") {
+                for wide in widened(member) {
+                    let mut copy = members.clone();
+                    copy.insert(name.clone(), wide);
+                    all.push(Value::Object(copy));
+                }
+            }
+        }
+        Value::Array(items) => {
+            for (at, item) in items.iter().enumerate() {
+                for wide in widened(item) {
+                    let mut copy = items.clone();
+                    copy[at] = wide;
+                    all.push(Value::Array(copy));
+                }
+            }
+        }
+        _ => {}
+    }
+    all
+}
+
+/// Reads and writes each example, and says the type's name in the schema.
+fn survive<T: Message>(examples: &[Value]) -> String {
+    for example in examples {
+        let read: T = serde_json::from_value(example.clone()).unwrap();
+        assert_eq!(serde_json::to_value(&read).unwrap(), *example);
+    }
+    T::schema_name().into_owned()
+}
+
+fn params<T: Message>(examples: &[Value]) -> String {
+    for wide in examples.iter().flat_map(widened) {
+        let line = json!({"jsonrpc": "2.0", "id": 1, "method": "m", "params": wide}).to_string();
+        let refused = Request::parse(line.as_bytes()).unwrap().params::<T>();
+        let error = refused.unwrap_err();
+        assert_eq!(error.data.code, Code::InvalidParams, "{wide}");
+        assert!(error.message.contains("later"), "{error}");
+    }
+    survive::<T>(examples)
+}
+
+fn result<T: Message>(examples: &[Value]) -> String {
+    for example in examples {
+        let known: T = serde_json::from_value(example.clone()).unwrap();
+        for wide in widened(example) {
+            assert_eq!(serde_json::from_value::<T>(wide).unwrap(), known);
+        }
+    }
+    survive::<T>(examples)
+}
+
+fn all_params() -> Vec<String> {
+    let record = json!({"kind": "zero", "offset": 0, "length": 1});
+    vec![
+        params::<hello::HelloParams>(&[
+            json!({"protocols": [1, 2], "host": {"name": "h", "version": "1"}, "carrier": "framed"}),
+        ]),
+        params::<hello::NoParams>(&[json!({})]),
+        params::<hello::CancelParams>(&[json!({"id": 7}), json!({"id": "seven"})]),
+        params::<vm::InspectParams>(&[json!({"monitor": "/run/qmp"})]),
+        params::<backup::BeginParams>(&[
+            json!({"monitor": "/m", "strict": false}),
+            json!({"monitor": "/m", "strict": true, "base": "a", "checkpoint": "b", "scratch_dir": "/s",
+                "disks": [{"disk": "d"}, {"disk": "e", "base": null}, {"disk": "f", "base": "c"}]}),
+        ]),
+        params::<backup::DiskChoice>(&[json!({"disk": "d", "base": null})]),
+        params::<backup::ReadParams>(&[
+            json!({"backup": "b", "disk": "d", "offset": 0, "release": "on_read"}),
+            json!({"backup": "b", "disk": "d", "offset": 9, "release": "on_ack", "record_max": 65536}),
+        ]),
+        params::<backup::AckParams>(&[json!({"backup": "b", "disk": "d", "offset": 1_u64 << 63})]),
+        params::<backup::CommitParams>(&[
+            json!({"backup": "b"}),
+            json!({"backup": "b", "disks": ["d"], "delete_checkpoints": ["a"]}),
+        ]),
+        params::<backup::AbortParams>(&[json!({"backup": "b"})]),
+        params::<restore::RestoreBeginParams>(&[
+            json!({"target": "/t", "format": "qcow2", "size": 512}),
+        ]),
+        params::<restore::RestoreWriteParams>(&[
+            json!({"restore": "r", "record": record}),
+            json!({"restore": "r", "record": {"kind": "data", "offset": 0, "length": 1, "crc32": 1}, "data": "YQ=="}),
+        ]),
+        params::<restore::RestoreParams>(&[json!({"restore": "r"})]),
+        params::<hello::Host>(&[json!({"name": "h", "version": "1"})]),
+    ]
+}
+
+fn all_others() -> Vec<String> {
+    let limits = json!({"max_line_bytes": 1, "max_payload_bytes": 2, "max_requests": 3, "max_name_bytes": 4});
+    let plugin = json!({"name": "p", "version": "1"});
+    let full = json!({"disk": "d", "size": 1, "planned": "incremental", "mode": "full", "reason": "base_missing",
+        "tracking": "transient", "granularity": 65536, "changed_bytes": 1});
+    let incremental = json!({"disk": "d", "size": 1, "planned": "incremental", "mode": "incremental",
+        "base": "a", "checkpoint": "b", "tracking": "persistent", "granularity": 65536, "changed_bytes": 1});
+    let checkpoint = json!({"checkpoint": "a", "time_ms": 1, "changed_bytes": 2, "granularity": 3, "unusable": null});
+    let bare = json!({"disk": "d", "node": "n", "format": "raw", "file": null, "size": 1, "qdev": null,
+        "iothread": null, "tracking": "transient", "excluded": null, "checkpoints": [], "foreign_bitmaps": []});
+    let rich = json!({"disk": "d", "node": "n", "format": "qcow2", "file": "/f", "size": 1, "qdev": "q",
+        "iothread": "i", "tracking": "persistent", "excluded": "read_only",
+        "checkpoints": [checkpoint], "foreign_bitmaps": ["x"]});
+    let error_data = json!({"code": "base_unusable", "action": "take_full", "state_left": "unchanged",
+        "disk": "d", "offset": 1, "stream": 2, "reason": "base_busy", "supported": [1], "leftovers": ["l"]});
+    let begin = json!({"format": 1, "disk": "d", "size": 1, "mode": "full", "granularity": 1});
+    let end =
+        json!({"records": 1, "data_bytes": 2, "zero_bytes": 3, "same_bytes": 4, "digest": "d"});
+    vec![
+        result::<hello::HelloResult>(&[
+            json!({"protocol": 1, "plugin": plugin, "carrier": "inline",
+            "carriers": ["inline", "framed"], "features": ["f"], "limits": limits}),
+        ]),
+        result::<hello::Implementation>(&[plugin]),
+        result::<hello::Limits>(&[limits]),
+        result::<hello::PingResult>(&[json!({})]),
+        result::<hello::CancelResult>(&[json!({"found": true})]),
+        result::<hello::ShutdownResult>(&[json!({"aborted": ["b"], "leftovers": ["l"]})]),
+        result::<vm::InspectResult>(&[
+            json!({"qemu_version": "10.0.2", "name": null, "uuid": null, "status": null, "disks": [], "our_objects": []}),
+            json!({"qemu_version": "10.0.2", "name": "n", "uuid": "u", "status": "running",
+                "disks": [bare, rich], "our_objects": ["o"]}),
+        ]),
+        result::<vm::DiskInfo>(&[bare, rich]),
+        result::<vm::CheckpointInfo>(&[checkpoint]),
+        result::<backup::BeginResult>(&[
+            json!({"backup": "b", "time_ms": 1, "disks": [full, incremental]}),
+        ]),
+        result::<backup::BackupDisk>(&[full, incremental]),
+        result::<backup::ReadResult>(&[
+            json!({"digest": "d", "read_bytes": 1, "scratch_peak": 2, "duration_ms": 3}),
+        ]),
+        result::<backup::AckResult>(&[json!({"resume": 1})]),
+        result::<backup::CommitResult>(&[
+            json!({"committed": ["d"], "deleted": ["d/a"], "leftovers": []}),
+        ]),
+        result::<backup::AbortResult>(&[json!({"leftovers": ["l"]})]),
+        result::<restore::RestoreBeginResult>(&[json!({"restore": "r"})]),
+        result::<restore::RestoreWriteResult>(&[json!({"offset": 1})]),
+        result::<restore::RestoreFinishResult>(&[
+            json!({"target": "/t", "size": 1, "streams": 2, "data_bytes": 3, "checkpoint": "b"}),
+            json!({"target": "/t", "size": 1, "streams": 2, "data_bytes": 3, "checkpoint": null}),
+        ]),
+        result::<event::RecordParams>(&[
+            json!({"stream": 4, "record": {"kind": "same", "offset": 0, "length": 1}}),
+            json!({"stream": "s", "record": {"kind": "data", "offset": 0, "length": 1, "crc32": 2}, "data": "YQ=="}),
+        ]),
+        result::<event::ProgressParams>(&[json!({"stream": 4, "disk": "d", "done": 1, "total": 2,
+            "data_bytes": 3, "scratch_bytes": 4})]),
+        result::<event::VmParams>(&[
+            json!({"backup": "b", "event": "paused"}),
+            json!({"backup": "b", "event": "io_error", "detail": "d"}),
+        ]),
+        result::<error::WireError>(&[json!({"code": -32000, "message": "m", "data": error_data})]),
+        result::<error::ErrorData>(&[error_data]),
+        result::<qemu_fleece_protocol::record::Begin>(&[begin]),
+        result::<qemu_fleece_protocol::record::End>(&[end]),
+    ]
+}
+
+/// Each word that the schema lists for `T` is read and written as it is.
+fn words<T: Message>(defs: &Value) -> String {
+    let name = T::schema_name().into_owned();
+    let words: Vec<Value> = defs[&name]["oneOf"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|word| word["const"].clone())
+        .collect();
+    assert!(words.iter().all(Value::is_string), "{name}");
+    survive::<T>(&words)
+}
+
+fn all_words(defs: &Value) -> Vec<String> {
+    vec![
+        words::<Action>(defs),
+        words::<Code>(defs),
+        words::<error::StateLeft>(defs),
+        words::<backup::Mode>(defs),
+        words::<backup::FullReason>(defs),
+        words::<backup::Release>(defs),
+        words::<event::VmEvent>(defs),
+        words::<hello::Carrier>(defs),
+        words::<restore::Format>(defs),
+        words::<vm::Tracking>(defs),
+    ]
+}
+
+#[test]
+fn every_type_of_the_schema_survives_json() {
+    let defs = &schema::schema()["$defs"];
+    let tested = [all_params(), all_others(), all_words(defs)].concat();
+    let tested: BTreeSet<&str> = tested
+        .iter()
+        .map(String::as_str)
+        // These two have tests of their own.
+        .chain(["Id", "Record"])
+        .collect();
+    let known: BTreeSet<&str> = defs
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
+    assert_eq!(tested, known);
+}
+
+#[test]
+fn parameters_are_closed_in_the_schema_and_nothing_else_is() {
+    let defs = &schema::schema()["$defs"];
+    let is_closed = |name: &String| defs[name]["additionalProperties"] == json!(false);
+    assert!(all_params().iter().all(is_closed));
+    assert!(!all_others().iter().any(is_closed));
+    assert!(!is_closed(&"Record".to_owned()));
+}
+
+#[test]
+fn every_member_of_the_schema_is_described() {
+    fn undescribed(value: &Value, found: &mut Vec<String>) {
+        if let Some(members) = value["properties"].as_object() {
+            for (name, member) in members {
+                if member["description"].is_null() && member["const"].is_null() {
+                    found.push(name.clone());
+                }
+            }
+        }
+        match value {
+            Value::Object(members) => members.values().for_each(|each| undescribed(each, found)),
+            Value::Array(items) => items.iter().for_each(|each| undescribed(each, found)),
+            _ => {}
+        }
+    }
+    let mut found = Vec::new();
+    undescribed(&schema::schema(), &mut found);
+    assert_eq!(found, Vec::<String>::new());
+}
+
+#[test]
+fn an_id_stays_what_it_is() {
+    for id in [
+        Id::Number(0),
+        Id::Number((1 << 53) - 1),
+        Id::Text("0".into()),
+    ] {
+        let text = serde_json::to_string(&id).unwrap();
+        assert_eq!(serde_json::from_str::<Id>(&text).unwrap(), id);
+    }
+}
+
+/// The envelopes are written by hand-made types that the schema does not know.
+#[test]
+fn the_envelopes_are_json_rpc() {
+    let read = |line: serde_json::Result<Vec<u8>>| -> Value {
+        let line = line.unwrap();
+        assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
+        serde_json::from_slice(&line).unwrap()
+    };
+    let id = Id::Text("a\nb".into());
+    assert_eq!(
+        read(result_line(&id, json!({}))),
+        json!({"jsonrpc": "2.0", "id": "a\nb", "result": {}})
+    );
+    let error = WireError::new(Code::Cancelled, "m").left(error::StateLeft::BackupOpen);
+    let data = json!({"code": "cancelled", "action": "retry", "state_left": "backup_open"});
+    let told = json!({"code": -32000, "message": "m", "data": data});
+    assert_eq!(
+        read(error_line(None, &error)),
+        json!({"jsonrpc": "2.0", "id": null, "error": told})
+    );
+    assert_eq!(
+        read(error_line(Some(&Id::Number(3)), &error)),
+        json!({"jsonrpc": "2.0", "id": 3, "error": told})
+    );
+    assert_eq!(
+        read(notification_line("vm", json!({"a": 1}), None)),
+        json!({"jsonrpc": "2.0", "method": "vm", "params": {"a": 1}})
+    );
+    assert_eq!(
+        read(notification_line("record", json!({}), Some(9))),
+        json!({"jsonrpc": "2.0", "method": "record", "params": {}, "payload_bytes": 9})
+    );
+}
