@@ -244,10 +244,10 @@ impl Restore {
         client.close().await;
         let closed = close_image(&daemon).await;
         let stopped = daemon.stop().await;
-        let named = written
-            .and(closed)
-            .and(stopped)
-            .and_then(|()| publish(&files.partial, &target.path));
+        let named = match written.and(closed).and(stopped) {
+            Ok(()) => publish(files.partial.clone(), target.path).await,
+            Err(error) => Err(error),
+        };
         let leftovers = files.remove();
         match named {
             Ok(()) => Ok(()),
@@ -363,7 +363,13 @@ async fn close_image(daemon: &StorageDaemon) -> Result<()> {
 }
 
 /// Gives the image its name, on stable storage, unless something has it by now.
-fn publish(partial: &Path, target: &Path) -> Result<()> {
+async fn publish(partial: PathBuf, target: PathBuf) -> Result<()> {
+    // Syncing a large image takes its time, in which others must go on.
+    let named = tokio::task::spawn_blocking(move || name(&partial, &target)).await;
+    named.unwrap_or_else(|panic| Err(Error::new(Kind::Internal, "naming an image").because(panic)))
+}
+
+fn name(partial: &Path, target: &Path) -> Result<()> {
     let dir = target.parent().unwrap_or(Path::new("/"));
     let sync = |path: &Path| {
         File::open(path)

@@ -78,8 +78,8 @@ fn serve(cli: &Cli) -> anyhow::Result<ExitCode> {
     let (stdin, stdout) = take_stdio()?;
     cli.start_log();
     let config = cli.config()?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
+    // One thread: QEMU is the bound, and small requests lose by wandering between two.
+    let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()?;
     let ending = runtime.block_on(serve::serve(config, stdin, stdout))?;

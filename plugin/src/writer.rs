@@ -1,7 +1,7 @@
 //! Standard output: one thread writes all lines, and what follows them.
 
 use std::fs::File;
-use std::io::{IoSlice, Write};
+use std::io::{BufWriter, IoSlice, Write};
 
 use qemu_fleece_engine::pull::Slice;
 use tokio::sync::mpsc;
@@ -14,6 +14,9 @@ const PIPE_BYTES: usize = 1024 * 1024;
 
 /// The same for a socket.
 const SOCKET_BYTES: usize = 4 * 1024 * 1024;
+
+/// Bytes of lines that go out together.
+const GATHER_BYTES: usize = 64 * 1024;
 
 /// A line, with its `\n`, and the bytes behind it.
 #[derive(Debug)]
@@ -46,18 +49,24 @@ pub(crate) fn spawn(stdout: File) -> std::io::Result<Outlet> {
     Ok(sender)
 }
 
-fn write(mut stdout: File, mut frames: mpsc::Receiver<Frame>) {
+fn write(stdout: File, mut frames: mpsc::Receiver<Frame>) {
+    // Gathers lines as long as more wait; large payloads pass through uncopied.
+    let mut stdout = BufWriter::with_capacity(GATHER_BYTES, stdout);
     while let Some(frame) = frames.blocking_recv() {
         let payload: &[u8] = frame.payload.as_deref().unwrap_or_default();
         let mut slices = [IoSlice::new(&frame.line), IoSlice::new(payload)];
-        if let Err(error) = write_all(&mut stdout, &mut slices) {
+        let mut written = write_all(&mut stdout, &mut slices);
+        if frames.is_empty() {
+            written = written.and_then(|()| stdout.flush());
+        }
+        if let Err(error) = written {
             tracing::error!(%error, "writing standard output");
             return;
         }
     }
 }
 
-fn write_all(stdout: &mut File, mut slices: &mut [IoSlice<'_>]) -> std::io::Result<()> {
+fn write_all(stdout: &mut impl Write, mut slices: &mut [IoSlice<'_>]) -> std::io::Result<()> {
     IoSlice::advance_slices(&mut slices, 0);
     while !slices.is_empty() {
         match stdout.write_vectored(slices) {
