@@ -28,7 +28,7 @@ use crate::error::{Error, Kind, Result};
 use crate::plan::{self, DiskPlan, Wish};
 use crate::qemu::query::{self, Version};
 use crate::qemu::step::{self, Instant, Lasting, Names};
-use crate::qemu::{Event, Qmp, discover};
+use crate::qemu::{Event, Qmp, Schema, discover};
 use crate::scratch::Scratch;
 use crate::server;
 use crate::teardown::{Teardown, Undo};
@@ -99,6 +99,7 @@ impl Session {
         let plans = plan::plan(&disks, wish, time_ms)?;
         let version = query::version(qmp).await?;
         refuse_what_hurts(version, &plans)?;
+        refuse_what_is_lacking(&Schema::probe(qmp).await?)?;
         let id = random_id();
         let mut teardown = Teardown::default();
         let opened = open(qmp, version, &id, plans, places, &mut teardown, cancel).await;
@@ -296,6 +297,24 @@ fn refuse_what_hurts(version: Version, plans: &[DiskPlan]) -> Result<()> {
                 .on_disk(plan.disk.id.clone()),
         ),
     }
+}
+
+/// Asks for what a session needs before anything is made: distributions leave
+/// parts of QEMU out, and put others in, whatever the version is.
+fn refuse_what_is_lacking(schema: &Schema) -> Result<()> {
+    for (command, case) in [
+        ("blockdev-add", "snapshot-access"),
+        ("block-export-add", "nbd"),
+    ] {
+        if !schema.has_variant(command, case) {
+            return Err(
+                Error::new(Kind::QemuUnsupported, "checking what this QEMU can do").because(
+                    format!("its {command} knows no {case}; QEMU 7.0 and later do"),
+                ),
+            );
+        }
+    }
+    Ok(())
 }
 
 async fn open(

@@ -58,13 +58,14 @@ fn each_fault_of_a_monitor_has_its_code() {
 
 /// A monitor that plays a VM with one disk, as far as a backup needs, and an NBD
 /// server that does `serve` with each connection; `None`: that nobody listens.
-fn vm(serve: Option<fn(UnixStream)>) -> Monitor {
+fn vm(serve: Option<fn(UnixStream)>, drivers: &'static [&'static str]) -> Monitor {
     let jobs: Arc<Mutex<Vec<Value>>> = Arc::default();
     Monitor::start(move |peer| {
         peer.greet();
         peer.serve(|name, arguments| {
             let mut jobs = jobs.lock().unwrap();
             let answer = match name {
+                "query-qmp-schema" => schema(drivers),
                 "query-version" => json!({"qemu": {"major": 10, "minor": 0, "micro": 2}}),
                 "query-block" => json!([{"device": "", "qdev": "disk0", "removable": false, "inserted":
                     {"node-name": "node0", "drv": "raw", "ro": false, "file": "x", "image": {"virtual-size": 65536}}}]),
@@ -104,8 +105,32 @@ fn vm(serve: Option<fn(UnixStream)>) -> Monitor {
     })
 }
 
+/// What is asked of `query-qmp-schema`, with these drivers.
+fn schema(drivers: &[&str]) -> Value {
+    let drivers: Vec<Value> = drivers
+        .iter()
+        .map(|name| json!({"case": name, "type": "x"}))
+        .collect();
+    json!([
+        {"name": "blockdev-add", "meta-type": "command", "arg-type": "0"},
+        {"name": "0", "meta-type": "object", "variants": drivers},
+        {"name": "block-export-add", "meta-type": "command", "arg-type": "1"},
+        {"name": "1", "meta-type": "object", "variants": [{"case": "nbd", "type": "x"}]},
+    ])
+}
+
+#[test]
+fn a_qemu_without_what_is_needed_is_refused_before_anything_is_made() {
+    let monitor = vm(None, &["raw", "qcow2"]);
+    let mut plugin = Plugin::ready("inline");
+    plugin.ask(1, "backup.begin", json!({"monitor": monitor.path}));
+    let data = plugin.refuses("qemu_unsupported", json!(1));
+    assert_eq!(data["state_left"], "unchanged");
+    assert!(plugin.is_clean());
+}
+
 fn read_with(serve: Option<fn(UnixStream)>, code: &str) {
-    let monitor = vm(serve);
+    let monitor = vm(serve, &["snapshot-access"]);
     let mut plugin = Plugin::ready("inline");
     let began = plugin.call(1, "backup.begin", json!({"monitor": monitor.path}));
     let backup = &began["result"]["backup"];
