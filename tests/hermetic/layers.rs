@@ -100,7 +100,6 @@ const LONG: &[(&str, &str)] = &[
         "src/nbd/reply.rs",
         "one reply and all that it may be, with its tests",
     ),
-    ("src/qemu/qmp.rs", "one actor and its handle"),
     (
         "protocol/src/stream.rs",
         "the rules of a stream, for its writer and its reader",

@@ -14,18 +14,20 @@ import subprocess
 import tempfile
 import unittest
 
-from .machine import Machine
+from .machines import Vm, io, make_image, virtio
+from .qmp import Qmp
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "protocol/examples"
 PLUGIN = os.environ.get("QEMU_FLEECE", str(ROOT / "target/debug/qemu-fleece"))
 VOLATILE = {"time_ms", "duration_ms", "scratch_peak", "version", "qemu_version", "message", "our_objects"}
 IDS = {"backup", "restore"}
+DEVICE = "/machine/peripheral/disk0/virtio-backend"
 
 
 class Replay:
-    def __init__(self, folder, machine):
-        self.folder, self.machine, self.ids = folder, machine, {}
+    def __init__(self, folder, qmp):
+        self.folder, self.qmp, self.ids = folder, qmp, {}
         self.plugin = subprocess.Popen(
             [PLUGIN, "--scratch-dir", folder, "--runtime-dir", folder],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
@@ -37,7 +39,7 @@ class Replay:
                 rest = rest.replace(f'"{known}"', f'"{actual}"')
             self.plugin.stdin.write(rest + "\n")
         elif mark == "! ":
-            self.machine.io(0, rest)
+            io(self.qmp, DEVICE, rest)
         elif mark == "< ":
             actual = self.answer()
             self.match(json.loads(rest), actual, "")
@@ -88,9 +90,10 @@ class Transcripts(unittest.TestCase):
         for name in names:
             with self.subTest(name.name), tempfile.TemporaryDirectory() as folder:
                 folder = pathlib.Path(folder)
-                machine = Machine(folder, [{"size": 192 * 1024}])
-                try:
-                    replay = Replay(folder, machine)
+                make_image(folder / "disk0.qcow2", size="192K")
+                with Vm(virtio("node0", folder / "disk0.qcow2", device="disk0")) as vm, Qmp(vm.qmp[1]) as qmp:
+                    os.symlink(vm.qmp[0], folder / "qmp.sock")
+                    replay = Replay(folder, qmp)
                     try:
                         for number, text in enumerate(name.read_text().splitlines(), 1):
                             try:
@@ -99,8 +102,6 @@ class Transcripts(unittest.TestCase):
                                 raise AssertionError(f"{name.name}:{number}: {error}") from None
                     finally:
                         replay.close()
-                finally:
-                    machine.close()
                 self.assertEqual(replay.plugin.returncode, 0)
 
     def test_the_specification_quotes_them(self):
