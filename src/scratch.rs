@@ -12,6 +12,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use qapi::qmp::remove_fd;
 use rustix::fs::{Mode, OFlags};
 use serde::Deserialize;
 use serde_json::json;
@@ -56,8 +57,11 @@ impl Scratch {
             )
             .await?;
             // The node keeps the file open; the set would outlive it.
-            qmp.execute_raw("remove-fd", json!({"fdset-id": set}))
-                .await?;
+            qmp.execute(&remove_fd {
+                fdset_id: set,
+                fd: None,
+            })
+            .await?;
             teardown.forget(&Undo::FdSet { id: set });
             file
         } else {

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
-use serde_json::json;
+use qapi::qmp::quit;
 use tokio::process::{Child, Command};
 
 use crate::error::{Error, Kind, Result};
@@ -76,7 +76,7 @@ impl StorageDaemon {
             Error::new(Kind::StorageDaemonFailed, "stopping qemu-storage-daemon").because(why)
         };
         // Its end may come before its answer.
-        let _answer = self.qmp.execute_raw("quit", json!({})).await;
+        let _answer = self.qmp.execute(&quit {}).await;
         match tokio::time::timeout(DEADLINE, self.child.wait()).await {
             Ok(Ok(status)) if status.success() => Ok(()),
             Ok(Ok(status)) => Err(failed(format!("it ended with {status}"))),

@@ -7,6 +7,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use qapi::qmp as commands;
 use serde_json::json;
 use tokio::time::Instant;
 use tracing::{debug, warn};
@@ -146,8 +147,11 @@ async fn remove_export(qmp: &Qmp, id: &str) -> Result<()> {
     if !export_exists(qmp, id).await? {
         return Ok(());
     }
-    qmp.execute_raw("block-export-del", json!({"id": id, "mode": "hard"}))
-        .await?;
+    qmp.execute(&commands::block_export_del {
+        id: id.to_owned(),
+        mode: Some(commands::BlockExportRemoveMode::hard),
+    })
+    .await?;
     let deadline = Instant::now() + RELEASE_DEADLINE;
     while export_exists(qmp, id).await? {
         // Any event, or none: the next look decides.
@@ -177,9 +181,7 @@ async fn stop_server(qmp: &Qmp) -> Result<()> {
         return Err(Error::new(Kind::NbdServerBusy, "stopping the NBD server")
             .because(format!("export {} uses it", export.id)));
     }
-    qmp.execute_raw("nbd-server-stop", json!({}))
-        .await
-        .map(drop)
+    qmp.execute(&commands::nbd_server_stop {}).await.map(drop)
 }
 
 async fn remove_node(qmp: &Qmp, node: &str) -> Result<()> {
@@ -187,7 +189,8 @@ async fn remove_node(qmp: &Qmp, node: &str) -> Result<()> {
     if !nodes.iter().any(|other| other.node_name == node) {
         return Ok(());
     }
-    qmp.execute_raw("blockdev-del", json!({"node-name": node}))
+    let node_name = node.to_owned();
+    qmp.execute(&commands::blockdev_del { node_name })
         .await
         .map(drop)
 }
@@ -206,23 +209,27 @@ async fn remove_bitmap(qmp: &Qmp, node: &str, name: &str) -> Result<()> {
     if !there {
         return Ok(());
     }
-    qmp.execute_raw(
-        "block-dirty-bitmap-remove",
-        json!({"node": node, "name": name}),
-    )
-    .await
-    .map(drop)
+    let bitmap = commands::BlockDirtyBitmap {
+        node: node.to_owned(),
+        name: name.to_owned(),
+    };
+    qmp.execute(&commands::block_dirty_bitmap_remove(bitmap))
+        .await
+        .map(drop)
 }
 
 async fn remove_fdset(qmp: &Qmp, id: i64) -> Result<()> {
-    let sets = qmp.execute_raw("query-fdsets", json!({})).await?;
+    let sets = qmp.execute(&commands::query_fdsets {}).await?;
     let there = sets
         .as_array()
         .is_some_and(|sets| sets.iter().any(|set| set["fdset-id"] == json!(id)));
     if !there {
         return Ok(());
     }
-    qmp.execute_raw("remove-fd", json!({"fdset-id": id}))
-        .await
-        .map(drop)
+    qmp.execute(&commands::remove_fd {
+        fdset_id: id,
+        fd: None,
+    })
+    .await
+    .map(drop)
 }

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use serde_json::{Value, json};
+use qapi::qmp::{job_cancel, job_dismiss};
+use serde_json::Value;
 use tokio::sync::broadcast;
 use tokio::time::Instant;
 
@@ -30,7 +31,7 @@ pub async fn run(
     let Some(job) = concluded(qmp, &mut events, id, deadline).await? else {
         return failed("it is gone before its outcome was seen".into());
     };
-    let dismissed = qmp.execute_raw("job-dismiss", json!({"id": id})).await;
+    let dismissed = qmp.execute(&job_dismiss { id: id.to_owned() }).await;
     // Why the job failed matters more than that it could not be dismissed.
     match job.error {
         Some(error) => failed(error),
@@ -50,7 +51,7 @@ pub async fn cancel(qmp: &Qmp, id: &str, deadline: Duration) -> Result<()> {
     };
     if job.status != "concluded" {
         // It may conclude before the command comes; what it is then decides.
-        let cancelled = qmp.execute_raw("job-cancel", json!({"id": id})).await;
+        let cancelled = qmp.execute(&job_cancel { id: id.to_owned() }).await;
         let job = concluded(qmp, &mut events, id, deadline).await;
         match (cancelled, job) {
             (_, Ok(Some(_))) => {}
@@ -59,7 +60,7 @@ pub async fn cancel(qmp: &Qmp, id: &str, deadline: Duration) -> Result<()> {
             (Ok(_), Err(error)) => return Err(error),
         }
     }
-    qmp.execute_raw("job-dismiss", json!({"id": id}))
+    qmp.execute(&job_dismiss { id: id.to_owned() })
         .await
         .map(drop)
 }

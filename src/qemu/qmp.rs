@@ -190,6 +190,18 @@ impl Qmp {
         }
     }
 
+    /// [`Qmp::execute_raw`] of a command whose arguments have a type of qapi's, so
+    /// that their names are checked where this is compiled.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn execute<C: qapi::Command>(&self, command: &C) -> Result<Value> {
+        let arguments = serde_json::to_value(command).map_err(|error| {
+            Error::new(Kind::Internal, format!("writing {}", C::NAME)).because(error)
+        })?;
+        self.execute_raw(C::NAME, arguments).await
+    }
+
     /// Sends a command and waits for its answer.
     ///
     /// # Errors
