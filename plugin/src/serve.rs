@@ -21,7 +21,7 @@ use qemu_fleece_protocol::envelope::{Request, error_line, result_line};
 use qemu_fleece_protocol::hello::{Carrier, ShutdownResult};
 use qemu_fleece_protocol::{Code, Id, MAX_REQUESTS, WireError};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -252,8 +252,16 @@ impl Server {
                     return;
                 }
             }
-            // All slots free: the thread has taken everything.
-            let _all = self.outlet.reserve_many(self.outlet.max_capacity()).await;
+            // Nothing more to say: only to know that all is said before the process ends.
+            let (told, written) = oneshot::channel();
+            let last = Frame {
+                line: Vec::new(),
+                payload: None,
+                written: Some(told),
+            };
+            if self.outlet.send(last).await.is_ok() {
+                let _closed = written.await;
+            }
         };
         if tokio::time::timeout(FLUSH_DEADLINE, flush).await.is_err() {
             tracing::warn!("standard output is stuck; replies are lost");
@@ -263,7 +271,7 @@ impl Server {
     async fn abort_all(&mut self) -> ShutdownResult {
         let (mut aborted, mut leftovers) = self.backups.abort_all().await;
         for (id, orders) in self.restores.drain() {
-            let (answer, answered) = tokio::sync::oneshot::channel();
+            let (answer, answered) = oneshot::channel();
             if orders.send(Order::Abort(answer)).await.is_ok()
                 && let Ok(Ok(result)) = answered.await
             {

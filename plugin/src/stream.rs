@@ -228,7 +228,11 @@ impl Running {
         };
         let line =
             notification_line("record", params, payload_bytes).map_err(|error| internal(&error))?;
-        Ok(Frame { line, payload })
+        Ok(Frame {
+            line,
+            payload,
+            written: None,
+        })
     }
 }
 

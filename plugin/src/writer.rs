@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{BufWriter, IoSlice, Write};
 
 use qemu_fleece_engine::pull::Slice;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 /// Lines that wait to be written, payloads with them.
 const QUEUE: usize = 32;
@@ -23,6 +23,8 @@ const GATHER_BYTES: usize = 64 * 1024;
 pub(crate) struct Frame {
     pub(crate) line: Vec<u8>,
     pub(crate) payload: Option<Slice>,
+    /// Told once this frame and all before it are written.
+    pub(crate) written: Option<oneshot::Sender<()>>,
 }
 
 impl From<Vec<u8>> for Frame {
@@ -30,6 +32,7 @@ impl From<Vec<u8>> for Frame {
         Self {
             line,
             payload: None,
+            written: None,
         }
     }
 }
@@ -56,12 +59,16 @@ fn write(stdout: File, mut frames: mpsc::Receiver<Frame>) {
         let payload: &[u8] = frame.payload.as_deref().unwrap_or_default();
         let mut slices = [IoSlice::new(&frame.line), IoSlice::new(payload)];
         let mut written = write_all(&mut stdout, &mut slices);
-        if frames.is_empty() {
+        if frames.is_empty() || frame.written.is_some() {
             written = written.and_then(|()| stdout.flush());
         }
         if let Err(error) = written {
             tracing::error!(%error, "writing standard output");
             return;
+        }
+        if let Some(told) = frame.written {
+            // Who asked may be gone.
+            let _gone = told.send(());
         }
     }
 }

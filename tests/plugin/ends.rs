@@ -28,6 +28,16 @@ fn shutdown_is_the_orderly_end() {
 }
 
 #[test]
+fn the_last_answer_is_never_lost() {
+    // A race with the end of the process: it takes many to see it.
+    for _ in 0..100 {
+        let mut plugin = Plugin::ready("inline");
+        plugin.ask(1, "shutdown", json!({}));
+        assert_eq!(plugin.answer()["id"], 1);
+    }
+}
+
+#[test]
 fn end_of_file_without_it_is_a_dead_host() {
     for ready in [false, true] {
         let mut plugin = if ready {
