@@ -272,9 +272,14 @@ impl View {
             return error.on_disk(self.disk.clone());
         }
         let lost = |why: Error| {
-            Error::new(Kind::PointInTimeLost, "reading the point in time")
+            let offset = why.offset();
+            let lost = Error::new(Kind::PointInTimeLost, "reading the point in time")
                 .because(why)
-                .on_disk(self.disk.clone())
+                .on_disk(self.disk.clone());
+            match offset {
+                Some(offset) => lost.at(offset),
+                None => lost,
+            }
         };
         match query::jobs(&self.qmp).await {
             Ok(jobs)
