@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::checkpoint::default_chain;
 use crate::vm::Tracking;
 
 /// A member that may be absent (inherit) or null (none).
@@ -23,6 +24,9 @@ pub struct BeginParams {
     /// The disks; absent: all that are not excluded.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disks: Option<Vec<DiskChoice>>,
+    /// The chain of all checkpoints that this backup names; absent: `default`.
+    #[serde(default = "default_chain")]
+    pub chain: String,
     /// The checkpoint that incrementals are relative to; null or absent: full.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<String>,
@@ -51,6 +55,10 @@ pub struct DiskChoice {
     )]
     #[schemars(with = "Option<String>")]
     pub base: Option<Option<String>>,
+    /// The identity of the base that the host has stored: `checkpoint_id` of the backup
+    /// that made it. A base of another identity cannot serve: `base_mismatch`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_id: Option<String>,
 }
 
 /// What a stream holds.
@@ -86,6 +94,15 @@ pub enum FullReason {
     BaseNotRecording,
     /// Another job or export uses its bitmap.
     BaseBusy,
+    /// It was disabled for a time: changes are missing.
+    BaseGap,
+    /// It is of another VM, disk or image, or of another point in time than the host says.
+    BaseMismatch,
+    /// The disk had it, and QEMU lost its bitmap: it ended before the image stored it,
+    /// or the format stores none.
+    BitmapLost,
+    /// An external snapshot was taken: what was written since is not recorded by it.
+    OnBackingImage,
     /// The disk had another size when it was made.
     SizeChanged,
     /// A reason that this version does not know: it stands in a stream of a later one.
@@ -124,6 +141,9 @@ pub struct BackupDisk {
     /// The checkpoint that commit will make.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<String>,
+    /// The identity of this point in time on this disk: the `base_id` of the next backup.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub checkpoint_id: Option<String>,
     /// How long that checkpoint will live.
     pub tracking: Tracking,
     /// Bytes that one bit of the base's bitmap stands for; of ours, in a full.
@@ -131,6 +151,55 @@ pub struct BackupDisk {
     /// Most bytes that `data` and `zero` records can hold together: the disk's
     /// size in a full, the changed granules in an incremental.
     pub changed_bytes: u64,
+}
+
+/// Parameters of `backup.estimate`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct EstimateParams {
+    /// QEMU's monitor, as in `vm.inspect`.
+    pub monitor: String,
+    /// The disks, as in `backup.begin`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<Vec<DiskChoice>>,
+    /// The chain of the bases; absent: `default`.
+    #[serde(default = "default_chain")]
+    pub chain: String,
+    /// The base, as in `backup.begin`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+}
+
+/// Result of `backup.estimate`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct EstimateResult {
+    /// The disks, in the order that was asked for.
+    pub disks: Vec<DiskEstimate>,
+}
+
+/// What a backup of a disk would be.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct DiskEstimate {
+    /// Its id.
+    pub disk: String,
+    /// Bytes that the guest sees.
+    pub size: u64,
+    /// What was asked for.
+    pub planned: Mode,
+    /// What it would be.
+    pub mode: Mode,
+    /// Why `mode` is not `planned`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<FullReason>,
+    /// The base; none in a full.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base: Option<String>,
+    /// Most bytes that it could read now: the disk's size in a full, the changed
+    /// granules in an incremental.
+    pub changed_bytes: u64,
+    /// Bytes that it would read now, by the best that can be known without a point
+    /// in time: what the images have allocated in a full, `changed_bytes` in an incremental.
+    pub read_bytes: u64,
 }
 
 /// When QEMU may forget what a stream has passed.

@@ -129,8 +129,16 @@ codes! {
     NbdRefused = "nbd_refused", -32000, Retry;
     /// The NBD server did not answer in time.
     NbdTimeout = "nbd_timeout", -32000, Retry;
-    /// A checkpoint of that name exists on a disk of the backup.
+    /// A checkpoint of that name exists on one of the disks.
     CheckpointExists = "checkpoint_exists", -32000, FixRequest;
+    /// No such checkpoint on the disk, or on any disk.
+    UnknownCheckpoint = "unknown_checkpoint", -32000, FixRequest;
+    /// The disk would have more than `max_checkpoints`.
+    TooManyCheckpoints = "too_many_checkpoints", -32000, FixRequest;
+    /// Another job or export uses the checkpoint's bitmap.
+    CheckpointBusy = "checkpoint_busy", -32000, Retry;
+    /// This cannot be done with the checkpoint as it is: inconsistent, or on a backing image.
+    CheckpointUnusable = "checkpoint_unusable", -32000, FixRequest;
     /// `strict`, and the base cannot serve this disk; `reason` says why.
     BaseUnusable = "base_unusable", -32000, TakeFull;
     /// The scratch file cannot be made.

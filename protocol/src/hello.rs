@@ -58,8 +58,12 @@ pub struct Limits {
     pub max_payload_bytes: u64,
     /// Most unanswered requests.
     pub max_requests: u64,
-    /// Longest checkpoint name.
+    /// Longest name of a checkpoint or chain.
     pub max_name_bytes: u64,
+    /// Most checkpoints on one disk, those of all chains together.
+    pub max_checkpoints: u64,
+    /// Most ranges that `checkpoint.redefine` takes for one disk.
+    pub max_extents: u64,
 }
 
 /// Result of `hello`.

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod backup;
+pub mod checkpoint;
 pub mod envelope;
 pub mod error;
 pub mod event;
@@ -28,5 +29,11 @@ pub const MAX_PAYLOAD_BYTES: u64 = 1024 * 1024;
 /// Most requests that may be unanswered at a time.
 pub const MAX_REQUESTS: usize = 32;
 
-/// Longest name of a checkpoint.
+/// Longest name of a checkpoint, or of a chain.
 pub const MAX_NAME_BYTES: usize = 128;
+
+/// Most checkpoints of ours on one disk, those of all chains together.
+pub const MAX_CHECKPOINTS: usize = 128;
+
+/// Most ranges that `checkpoint.redefine` takes for one disk.
+pub const MAX_EXTENTS: usize = 262_144;

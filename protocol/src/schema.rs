@@ -4,7 +4,7 @@ use schemars::generate::{SchemaGenerator, SchemaSettings};
 use schemars::{JsonSchema, Schema};
 use serde_json::{Map, Value, json};
 
-use crate::{backup, error, event, hello, record, restore, vm};
+use crate::{backup, checkpoint, error, event, hello, record, restore, vm};
 
 /// The whole of the wire as one JSON document: `$defs` as JSON Schema 2020-12,
 /// and per method and notification a reference to its parameters and result.
@@ -37,6 +37,51 @@ pub fn schema() -> Value {
             "vm.inspect",
             of::<vm::InspectParams>(g),
             of::<vm::InspectResult>(g),
+        );
+        method(
+            "checkpoint.list",
+            of::<checkpoint::ListParams>(g),
+            of::<checkpoint::DisksResult>(g),
+        );
+        method(
+            "checkpoint.create",
+            of::<checkpoint::CreateParams>(g),
+            of::<checkpoint::DisksResult>(g),
+        );
+        method(
+            "checkpoint.delete",
+            of::<checkpoint::DeleteParams>(g),
+            of::<checkpoint::DeleteResult>(g),
+        );
+        method(
+            "checkpoint.disable",
+            of::<checkpoint::ToggleParams>(g),
+            of::<checkpoint::DisksResult>(g),
+        );
+        method(
+            "checkpoint.enable",
+            of::<checkpoint::ToggleParams>(g),
+            of::<checkpoint::DisksResult>(g),
+        );
+        method(
+            "checkpoint.merge",
+            of::<checkpoint::MergeParams>(g),
+            of::<checkpoint::DisksResult>(g),
+        );
+        method(
+            "checkpoint.redefine",
+            of::<checkpoint::RedefineParams>(g),
+            of::<checkpoint::DisksResult>(g),
+        );
+        method(
+            "checkpoint.repair",
+            of::<checkpoint::RepairParams>(g),
+            of::<checkpoint::RepairResult>(g),
+        );
+        method(
+            "backup.estimate",
+            of::<backup::EstimateParams>(g),
+            of::<backup::EstimateResult>(g),
         );
         method(
             "backup.begin",

@@ -59,23 +59,4 @@ pub struct DiskInfo {
     pub tracking: Tracking,
     /// Why backups leave it out (`read_only`, `removable`, `no_medium`, ...); none: they don't.
     pub excluded: Option<String>,
-    /// Our checkpoints on it.
-    pub checkpoints: Vec<CheckpointInfo>,
-    /// Dirty bitmaps of others, by name; never touched.
-    pub foreign_bitmaps: Vec<String>,
-}
-
-/// A checkpoint on one disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub struct CheckpointInfo {
-    /// Its name.
-    pub checkpoint: String,
-    /// When it was made: milliseconds since 1970 UTC.
-    pub time_ms: u64,
-    /// Bytes changed since, in whole granules.
-    pub changed_bytes: u64,
-    /// Bytes that one bit stands for.
-    pub granularity: u64,
-    /// Why it cannot serve as base now; none: it can.
-    pub unusable: Option<crate::backup::FullReason>,
 }

@@ -8,7 +8,7 @@ use std::fmt::Debug;
 
 use qemu_fleece_protocol::envelope::{Id, Request, error_line, notification_line, result_line};
 use qemu_fleece_protocol::{
-    Action, Code, WireError, backup, error, event, hello, restore, schema, vm,
+    Action, Code, WireError, backup, checkpoint, error, event, hello, restore, schema, vm,
 };
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -90,9 +90,39 @@ fn all_params() -> Vec<String> {
         params::<hello::CancelParams>(&[json!({"id": 7}), json!({"id": "seven"})]),
         params::<vm::InspectParams>(&[json!({"monitor": "/run/qmp"})]),
         params::<backup::BeginParams>(&[
-            json!({"monitor": "/m", "strict": false}),
-            json!({"monitor": "/m", "strict": true, "base": "a", "checkpoint": "b", "scratch_dir": "/s",
-                "disks": [{"disk": "d"}, {"disk": "e", "base": null}, {"disk": "f", "base": "c"}]}),
+            json!({"monitor": "/m", "chain": "default", "strict": false}),
+            json!({"monitor": "/m", "strict": true, "chain": "c", "base": "a", "checkpoint": "b", "scratch_dir": "/s",
+                "disks": [{"disk": "d"}, {"disk": "e", "base": null}, {"disk": "f", "base": "c", "base_id": "i"}]}),
+        ]),
+        params::<backup::EstimateParams>(&[
+            json!({"monitor": "/m", "chain": "default"}),
+            json!({"monitor": "/m", "chain": "c", "base": "a", "disks": [{"disk": "d", "base_id": "i"}]}),
+        ]),
+        params::<checkpoint::ListParams>(&[
+            json!({"monitor": "/m", "chain": "default", "all_chains": false}),
+            json!({"monitor": "/m", "chain": "c", "all_chains": true, "disks": ["d"], "checkpoints": ["a"]}),
+        ]),
+        params::<checkpoint::CreateParams>(&[
+            json!({"monitor": "/m", "chain": "default", "checkpoint": "a"}),
+            json!({"monitor": "/m", "chain": "c", "checkpoint": "a", "disks": ["d"], "granularity": 4096}),
+        ]),
+        params::<checkpoint::DeleteParams>(&[
+            json!({"monitor": "/m", "chain": "c", "checkpoints": ["a"], "disks": ["d"]}),
+        ]),
+        params::<checkpoint::ToggleParams>(&[
+            json!({"monitor": "/m", "chain": "c", "checkpoint": "a", "disks": ["d"]}),
+        ]),
+        params::<checkpoint::MergeParams>(&[
+            json!({"monitor": "/m", "chain": "c", "checkpoint": "a", "from": ["b"], "delete_sources": true, "disks": ["d"]}),
+        ]),
+        params::<checkpoint::RedefineParams>(&[
+            json!({"monitor": "/m", "chain": "c", "checkpoint": "a", "granularity": 4096, "disks": [
+                {"disk": "d", "changed": "all"}, {"disk": "e", "changed": "recorded", "id": "i"},
+                {"disk": "f", "changed": [[0, 512], [4096, 1]]}]}),
+        ]),
+        params::<checkpoint::RedefineDisk>(&[json!({"disk": "d", "changed": "all"})]),
+        params::<checkpoint::RepairParams>(&[
+            json!({"monitor": "/m", "chain": "c", "all_chains": true, "disks": ["d"]}),
         ]),
         params::<backup::DiskChoice>(&[json!({"disk": "d", "base": null})]),
         params::<backup::ReadParams>(&[
@@ -118,18 +148,26 @@ fn all_params() -> Vec<String> {
 }
 
 fn all_others() -> Vec<String> {
-    let limits = json!({"max_line_bytes": 1, "max_payload_bytes": 2, "max_requests": 3, "max_name_bytes": 4});
+    let limits = json!({"max_line_bytes": 1, "max_payload_bytes": 2, "max_requests": 3, "max_name_bytes": 4,
+        "max_checkpoints": 5, "max_extents": 6});
     let plugin = json!({"name": "p", "version": "1"});
     let full = json!({"disk": "d", "size": 1, "planned": "incremental", "mode": "full", "reason": "base_missing",
         "tracking": "transient", "granularity": 65536, "changed_bytes": 1});
     let incremental = json!({"disk": "d", "size": 1, "planned": "incremental", "mode": "incremental",
-        "base": "a", "checkpoint": "b", "tracking": "persistent", "granularity": 65536, "changed_bytes": 1});
-    let checkpoint = json!({"checkpoint": "a", "time_ms": 1, "changed_bytes": 2, "granularity": 3, "unusable": null});
+        "base": "a", "checkpoint": "b", "checkpoint_id": "i", "tracking": "persistent", "granularity": 65536,
+        "changed_bytes": 1});
+    let checkpoint = json!({"checkpoint": "a", "health": "usable", "chain": "c", "id": "i", "time_ms": 1,
+        "dirty_bytes": 2, "granularity": 3, "persistent": true, "recording": true, "memory_bytes": 4});
+    let checkpoints = json!({"disk": "d", "size": 1, "tracking": "persistent",
+        "checkpoints": [checkpoint, {"checkpoint": "b", "health": "missing", "chain": "c"}]});
+    let estimate = json!({"disk": "d", "size": 1, "planned": "incremental", "mode": "full", "reason": "bitmap_lost",
+        "changed_bytes": 1, "read_bytes": 1});
+    let repaired = json!({"disk": "d", "removed": ["x"], "lost": [checkpoint], "usable": ["a"], "foreign": ["f"],
+        "leftovers": ["l"]});
     let bare = json!({"disk": "d", "node": "n", "format": "raw", "file": null, "size": 1, "qdev": null,
-        "iothread": null, "tracking": "transient", "excluded": null, "checkpoints": [], "foreign_bitmaps": []});
+        "iothread": null, "tracking": "transient", "excluded": null});
     let rich = json!({"disk": "d", "node": "n", "format": "qcow2", "file": "/f", "size": 1, "qdev": "q",
-        "iothread": "i", "tracking": "persistent", "excluded": "read_only",
-        "checkpoints": [checkpoint], "foreign_bitmaps": ["x"]});
+        "iothread": "i", "tracking": "persistent", "excluded": "read_only"});
     let error_data = json!({"code": "base_unusable", "action": "take_full", "state_left": "unchanged",
         "disk": "d", "offset": 1, "stream": 2, "reason": "base_busy", "supported": [1], "leftovers": ["l"]});
     let begin = json!({"format": 1, "disk": "d", "size": 1, "mode": "full", "granularity": 1});
@@ -151,7 +189,14 @@ fn all_others() -> Vec<String> {
                 "disks": [bare, rich], "our_objects": ["o"]}),
         ]),
         result::<vm::DiskInfo>(&[bare, rich]),
-        result::<vm::CheckpointInfo>(&[checkpoint]),
+        result::<checkpoint::CheckpointInfo>(&[checkpoint]),
+        result::<checkpoint::DisksResult>(&[json!({"disks": [checkpoints]})]),
+        result::<checkpoint::DiskCheckpoints>(&[checkpoints]),
+        result::<checkpoint::DeleteResult>(&[json!({"deleted": ["d/a"]})]),
+        result::<checkpoint::RepairResult>(&[json!({"disks": [repaired], "open_backups": ["b"]})]),
+        result::<checkpoint::RepairedDisk>(&[repaired]),
+        result::<backup::EstimateResult>(&[json!({"disks": [estimate]})]),
+        result::<backup::DiskEstimate>(&[estimate]),
         result::<backup::BeginResult>(&[
             json!({"backup": "b", "time_ms": 1, "disks": [full, incremental]}),
         ]),
@@ -208,6 +253,8 @@ fn all_words(defs: &Value) -> Vec<String> {
         words::<backup::Mode>(defs),
         words::<backup::FullReason>(defs),
         words::<backup::Release>(defs),
+        words::<checkpoint::ChangedWord>(defs),
+        words::<checkpoint::Health>(defs),
         words::<event::VmEvent>(defs),
         words::<hello::Carrier>(defs),
         words::<restore::Format>(defs),
@@ -222,8 +269,8 @@ fn every_type_of_the_schema_survives_json() {
     let tested: BTreeSet<&str> = tested
         .iter()
         .map(String::as_str)
-        // These two have tests of their own.
-        .chain(["Id", "Record"])
+        // These have tests of their own, or are a choice of others.
+        .chain(["Id", "Record", "Changed"])
         .collect();
     let known: BTreeSet<&str> = defs
         .as_object()

@@ -10,7 +10,8 @@ use qemu_fleece_protocol::envelope::Request;
 use qemu_fleece_protocol::record::Record;
 use qemu_fleece_protocol::stream::Reader;
 use qemu_fleece_protocol::{
-    Code, MAX_LINE_BYTES, MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, MAX_REQUESTS, schema,
+    Code, MAX_CHECKPOINTS, MAX_EXTENTS, MAX_LINE_BYTES, MAX_NAME_BYTES, MAX_PAYLOAD_BYTES,
+    MAX_REQUESTS, schema,
 };
 use serde_json::{Value, json};
 
@@ -62,15 +63,19 @@ fn the_specification_tells_the_limits_that_hold() {
             MAX_LINE_BYTES,
             MAX_PAYLOAD_BYTES,
             MAX_REQUESTS,
-            MAX_NAME_BYTES
+            MAX_NAME_BYTES,
+            MAX_CHECKPOINTS,
+            MAX_EXTENTS
         ),
-        (16 << 20, 1 << 20, 32, 128)
+        (16 << 20, 1 << 20, 32, 128, 128, 262_144)
     );
     for text in [
         "`max_line_bytes` (16 MiB)",
         "`max_payload_bytes` (1 MiB)",
         "`max_requests` (32)",
         "`max_name_bytes` (128)",
+        "`max_checkpoints` (128)",
+        "`max_extents` (262144)",
     ] {
         assert!(readme.contains(text), "{text}");
     }
@@ -117,7 +122,7 @@ fn the_schema_has_each_method_of_the_specification_and_closes_parameters() {
             "{result}"
         );
     }
-    assert_eq!(schema["methods"].as_object().unwrap().len(), 14);
+    assert_eq!(schema["methods"].as_object().unwrap().len(), 23);
 }
 
 #[test]
@@ -130,6 +135,7 @@ fn absent_null_and_a_name_are_three_bases() {
         let choice = DiskChoice {
             disk: "a".into(),
             base,
+            base_id: None,
         };
         let text = serde_json::to_string(&choice).unwrap();
         assert_eq!(serde_json::from_str::<DiskChoice>(&text).unwrap(), choice);
