@@ -49,6 +49,14 @@ pub enum Kind {
     DiskExcluded,
     /// A checkpoint of that name exists already.
     CheckpointExists,
+    /// No checkpoint of that name.
+    UnknownCheckpoint,
+    /// The disk would have more than [`crate::checkpoint::MAX_CHECKPOINTS`].
+    TooManyCheckpoints,
+    /// Another job or export uses the checkpoint's bitmap.
+    CheckpointBusy,
+    /// What is asked for cannot be done with the checkpoint as it is.
+    CheckpointUnusable,
     /// An incremental was demanded and the base cannot serve it.
     BaseUnusable(FullReason),
     /// The scratch file cannot be made.

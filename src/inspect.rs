@@ -1,7 +1,7 @@
 //! What is there: a VM, its disks, and objects of ours. Changes nothing.
 
-use crate::error::{Kind, Result};
-use crate::qemu::discover::{self, Disk};
+use crate::error::Result;
+use crate::qemu::discover::{self, Disk, where_known};
 use crate::qemu::{Qmp, query, step};
 
 /// What a look at a VM, or a storage daemon, shows.
@@ -27,7 +27,8 @@ pub struct Inspection {
 /// QEMU's and the monitor's.
 pub async fn inspect(qmp: &Qmp) -> Result<Inspection> {
     let version = query::version(qmp).await?;
-    let disks = discover::disks(qmp).await?;
+    let mut disks = discover::disks(qmp).await?;
+    discover::find_iothreads(qmp, &mut disks).await?;
     Ok(Inspection {
         version: format!("{}.{}.{}", version.major, version.minor, version.micro),
         name: where_known(query::name(qmp).await)?,
@@ -36,14 +37,6 @@ pub async fn inspect(qmp: &Qmp) -> Result<Inspection> {
         our_objects: our_objects(qmp, &disks).await?,
         disks,
     })
-}
-
-/// A storage daemon does not know the commands that only a VM can answer.
-fn where_known<T>(answer: Result<Option<T>>) -> Result<Option<T>> {
-    match answer {
-        Err(error) if error.kind() == Kind::QemuRefused => Ok(None),
-        answer => answer,
-    }
 }
 
 async fn our_objects(qmp: &Qmp, disks: &[Disk]) -> Result<Vec<String>> {
@@ -61,7 +54,7 @@ async fn our_objects(qmp: &Qmp, disks: &[Disk]) -> Result<Vec<String>> {
         .into_iter()
         .map(|export| ("export", export.id));
     let bitmaps = disks.iter().flat_map(|disk| {
-        disk.bitmaps
+        disk.bitmaps()
             .iter()
             .map(|bitmap| ("bitmap", bitmap.name.clone()))
     });

@@ -4,14 +4,21 @@
 //! `ARCHITECTURE.md` shows the layers and lists the invariants by number.
 
 pub mod buffer;
+pub mod chain;
+pub mod change;
 pub mod checkpoint;
 pub mod error;
+pub mod estimate;
 pub mod extent;
 pub mod inspect;
+pub mod join;
+pub mod manage;
 pub mod nbd;
+pub mod paint;
 pub mod plan;
 pub mod pull;
 pub mod qemu;
+pub mod repair;
 pub mod restore;
 pub mod scratch;
 pub mod server;

@@ -1,25 +1,38 @@
 //! What a backup will do, disk by disk, and why. Pure: it sees the disks as
 //! they were discovered, and changes nothing.
 
-use crate::checkpoint::{Checkpoint, FullReason, GRANULARITY, Name};
+use crate::chain;
+use crate::checkpoint::{Checkpoint, FullReason, GRANULARITY, Id, MAX_CHECKPOINTS, Name};
 use crate::error::{Error, Kind, Result};
-use crate::qemu::discover::{Bitmap, Disk};
+use crate::qemu::discover::Disk;
 
 /// Most disks of one backup. QEMU has no such limit; the reply has to fit a line.
 pub const MAX_DISKS: usize = 256;
 
 /// What the host asks for.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Wish {
-    /// The disks, in this order, each with its own base (`None`: the backup's);
-    /// `None`: all that are not excluded.
-    pub disks: Option<Vec<(String, Option<Option<Name>>)>>,
+    /// The chain of all checkpoints that are named here.
+    pub chain: Name,
+    /// The disks, in this order; `None`: all that are not excluded.
+    pub disks: Option<Vec<Choice>>,
     /// The checkpoint that incrementals are relative to; `None`: full.
     pub base: Option<Name>,
     /// The checkpoint to create.
     pub checkpoint: Option<Name>,
     /// Fail where a base cannot serve, instead of going full.
     pub strict: bool,
+}
+
+/// A disk that the host asks for.
+#[derive(Clone, Debug)]
+pub struct Choice {
+    /// Its id.
+    pub disk: String,
+    /// Its own base; `None`: the backup's.
+    pub base: Option<Option<Name>>,
+    /// The identity of the base, as the host knows it.
+    pub base_id: Option<Id>,
 }
 
 /// What will be done with a disk.
@@ -29,7 +42,7 @@ pub struct DiskPlan {
     pub disk: Disk,
     /// The base that was asked for.
     pub wanted: Option<Name>,
-    /// The bitmap of the base; `None`: full.
+    /// The base; `None`: full.
     pub base: Option<Base>,
     /// Why it is full although a base was asked for.
     pub reason: Option<FullReason>,
@@ -42,10 +55,12 @@ pub struct DiskPlan {
 pub struct Base {
     /// The checkpoint.
     pub name: Name,
-    /// Its bitmap on the disk's node.
-    pub bitmap: String,
-    /// Bytes that one of its bits stands for.
+    /// Its bitmaps, as (node, name): what changed since is what any of them holds.
+    pub bitmaps: Vec<(String, String)>,
+    /// Bytes that one bit stands for, of the finest of them.
     pub granularity: u64,
+    /// Bytes that changed since, in whole granules.
+    pub dirty_bytes: u64,
 }
 
 impl DiskPlan {
@@ -58,14 +73,26 @@ impl DiskPlan {
     }
 }
 
-/// Plans a backup at `time_ms`.
+/// Plans a backup at `time_ms`; `new_id` makes an identity for each new checkpoint.
 ///
 /// # Errors
 /// [`Kind::UnknownDisk`], [`Kind::DiskExcluded`], [`Kind::CheckpointExists`],
-/// [`Kind::InvalidRequest`] for no disk at all, one named twice, or too many;
-/// [`Kind::BaseUnusable`] with `strict`.
-pub fn plan(disks: &[Disk], wish: &Wish, time_ms: u64) -> Result<Vec<DiskPlan>> {
-    let chosen = choose(disks, wish)?;
+/// [`Kind::TooManyCheckpoints`], [`Kind::InvalidRequest`] for no disk at all, one named
+/// twice, or too many; [`Kind::BaseUnusable`] with `strict`.
+pub fn plan(
+    disks: &[Disk],
+    wish: &Wish,
+    time_ms: u64,
+    new_id: &dyn Fn() -> Id,
+) -> Result<Vec<DiskPlan>> {
+    let named = wish.disks.as_ref();
+    let ids = named.map(|named| {
+        named
+            .iter()
+            .map(|one| one.disk.as_str())
+            .collect::<Vec<_>>()
+    });
+    let chosen = choose(disks, ids.as_deref(), |disk| disk.excluded.is_none())?;
     if chosen.is_empty() || chosen.len() > MAX_DISKS {
         return Err(
             Error::new(Kind::InvalidRequest, "choosing the disks").because(format!(
@@ -74,109 +101,174 @@ pub fn plan(disks: &[Disk], wish: &Wish, time_ms: u64) -> Result<Vec<DiskPlan>> 
             )),
         );
     }
-    chosen
-        .into_iter()
-        .map(|(disk, wanted)| plan_disk(disk, wanted, wish, time_ms))
-        .collect()
+    let plan_one = |(index, disk): (usize, &Disk)| {
+        let choice = named.and_then(|named| named.get(index));
+        let (base, reason) = choose_base(disks, disk, wish, choice)?;
+        let checkpoint = wish.checkpoint.as_ref();
+        let checkpoint =
+            checkpoint.map(|name| new_checkpoint(disk, &wish.chain, name, time_ms, new_id()));
+        Ok(DiskPlan {
+            disk: disk.clone(),
+            wanted: wanted(wish, choice).cloned(),
+            base,
+            reason,
+            checkpoint: checkpoint.transpose()?,
+        })
+    };
+    chosen.into_iter().enumerate().map(plan_one).collect()
 }
 
-fn choose<'a>(disks: &'a [Disk], wish: &Wish) -> Result<Vec<(&'a Disk, Option<Name>)>> {
-    let Some(named) = &wish.disks else {
-        let eligible = disks.iter().filter(|disk| disk.excluded.is_none());
-        return Ok(eligible.map(|disk| (disk, wish.base.clone())).collect());
+/// The disks of these ids, in this order; without ids all that are `eligible`.
+///
+/// # Errors
+/// [`Kind::UnknownDisk`]; [`Kind::DiskExcluded`] for one that is not eligible;
+/// [`Kind::InvalidRequest`] for one named twice.
+pub fn choose<'a>(
+    disks: &'a [Disk],
+    ids: Option<&[&str]>,
+    eligible: fn(&Disk) -> bool,
+) -> Result<Vec<&'a Disk>> {
+    let Some(ids) = ids else {
+        return Ok(disks.iter().filter(|disk| eligible(disk)).collect());
     };
-    let mut chosen: Vec<(&Disk, Option<Name>)> = Vec::new();
-    for (id, base) in named {
+    let mut chosen: Vec<&Disk> = Vec::new();
+    for id in ids {
+        let error = |kind| Error::new(kind, "choosing the disks").on_disk(*id);
         let Some(disk) = disks.iter().find(|disk| disk.id == *id) else {
-            return Err(Error::new(Kind::UnknownDisk, "choosing the disks").on_disk(id.clone()));
+            return Err(error(Kind::UnknownDisk));
         };
-        if let Some(reason) = &disk.excluded {
-            return Err(Error::new(Kind::DiskExcluded, "choosing the disks")
-                .because(format!("backups leave it out: {}", reason.name()))
-                .on_disk(id.clone()));
+        if !eligible(disk) {
+            let why = disk.excluded.map_or("", |reason| reason.name());
+            return Err(error(Kind::DiskExcluded).because(format!("it is left out: {why}")));
         }
-        if chosen.iter().any(|(other, _)| other.id == disk.id) {
-            return Err(
-                Error::new(Kind::InvalidRequest, "choosing the disks: named twice")
-                    .on_disk(id.clone()),
-            );
+        if chosen.iter().any(|other| other.id == disk.id) {
+            return Err(error(Kind::InvalidRequest).because("it is named twice"));
         }
-        chosen.push((disk, base.clone().unwrap_or_else(|| wish.base.clone())));
+        chosen.push(disk);
     }
     Ok(chosen)
 }
 
-fn plan_disk(disk: &Disk, wanted: Option<Name>, wish: &Wish, time_ms: u64) -> Result<DiskPlan> {
-    if let Some(name) = &wish.checkpoint
-        && find(disk, name).is_some()
-    {
-        return Err(
-            Error::new(Kind::CheckpointExists, "naming the new checkpoint")
-                .because(format!("the disk has a checkpoint {name}"))
-                .on_disk(disk.id.clone()),
-        );
+fn wanted<'a>(wish: &'a Wish, choice: Option<&'a Choice>) -> Option<&'a Name> {
+    match choice.and_then(|choice| choice.base.as_ref()) {
+        Some(own) => own.as_ref(),
+        None => wish.base.as_ref(),
     }
-    let found = wanted.as_ref().map(|name| usable_base(disk, name));
-    let (base, reason) = match found {
-        None => (None, None),
-        Some(Ok(base)) => (Some(base), None),
-        Some(Err(reason)) if wish.strict => {
-            return Err(Error::new(Kind::BaseUnusable(reason), "checking the base")
-                .on_disk(disk.id.clone()));
-        }
-        Some(Err(reason)) => (None, Some(reason)),
+}
+
+fn choose_base(
+    disks: &[Disk],
+    disk: &Disk,
+    wish: &Wish,
+    choice: Option<&Choice>,
+) -> Result<(Option<Base>, Option<FullReason>)> {
+    let Some(name) = wanted(wish, choice) else {
+        return Ok((None, None));
     };
-    let checkpoint = wish.checkpoint.clone().map(|name| Checkpoint {
-        name,
-        size: disk.size,
-        time_ms,
-    });
-    Ok(DiskPlan {
-        disk: disk.clone(),
-        wanted,
-        base,
-        reason,
-        checkpoint,
+    let id = choice.and_then(|choice| choice.base_id.as_ref());
+    match usable_base(disks, disk, &wish.chain, name, id) {
+        Ok(base) => Ok((Some(base), None)),
+        Err(reason) if wish.strict => {
+            Err(Error::new(Kind::BaseUnusable(reason), "checking the base")
+                .on_disk(disk.id.clone()))
+        }
+        Err(reason) => Ok((None, Some(reason))),
+    }
+}
+
+fn usable_base(
+    disks: &[Disk],
+    disk: &Disk,
+    chain: &Name,
+    name: &Name,
+    id: Option<&Id>,
+) -> Result<Base, FullReason> {
+    let Some(found) = chain::find(disk, chain, name, id) else {
+        // It was there where the host knows its identity, or, on a disk that keeps
+        // nothing, where another disk still has it.
+        let elsewhere = || {
+            disks
+                .iter()
+                .any(|other| chain::find(other, chain, name, None).is_some())
+        };
+        let lost = id.is_some() || !disk.persistent_bitmaps && elsewhere();
+        return Err(if lost {
+            FullReason::BitmapLost
+        } else {
+            FullReason::BaseMissing
+        });
+    };
+    if let Some(reason) = found.health.full_reason() {
+        return Err(reason);
+    }
+    let bitmaps = found.parts.iter();
+    Ok(Base {
+        name: name.clone(),
+        bitmaps: bitmaps
+            .map(|part| (part.node.to_owned(), part.bitmap.name.clone()))
+            .collect(),
+        granularity: found.granularity(),
+        dirty_bytes: found.dirty_bytes(disk).unwrap_or(disk.size),
     })
 }
 
-/// The disk's checkpoint of that name, with its bitmap.
-#[must_use]
-pub fn find<'a>(disk: &'a Disk, name: &Name) -> Option<(Checkpoint, &'a Bitmap)> {
-    checkpoints(disk).find(|(checkpoint, _)| checkpoint.name == *name)
-}
-
-/// All our checkpoints on the disk.
-pub fn checkpoints(disk: &Disk) -> impl Iterator<Item = (Checkpoint, &Bitmap)> {
-    disk.bitmaps
-        .iter()
-        .filter_map(|bitmap| Some((Checkpoint::from_bitmap(&bitmap.name)?, bitmap)))
-}
-
-/// Why a checkpoint cannot serve as base now; `None`: it can.
-#[must_use]
-pub fn unusable(disk: &Disk, checkpoint: &Checkpoint, bitmap: &Bitmap) -> Option<FullReason> {
-    if bitmap.inconsistent {
-        Some(FullReason::BaseInconsistent)
-    } else if bitmap.busy {
-        Some(FullReason::BaseBusy)
-    } else if !bitmap.recording {
-        Some(FullReason::BaseNotRecording)
-    } else if checkpoint.size != disk.size {
-        Some(FullReason::SizeChanged)
-    } else {
-        None
+/// A checkpoint that the disk can be given now.
+///
+/// # Errors
+/// [`Kind::CheckpointExists`], [`Kind::TooManyCheckpoints`].
+pub fn new_checkpoint(
+    disk: &Disk,
+    chain: &Name,
+    name: &Name,
+    time_ms: u64,
+    id: Id,
+) -> Result<Checkpoint> {
+    let doing = "naming the new checkpoint";
+    let there = chain::find(disk, chain, name, None);
+    if there.is_some_and(|found| found.own.is_some()) {
+        return Err(Error::new(Kind::CheckpointExists, doing)
+            .because(format!("chain {chain} has a checkpoint {name}"))
+            .on_disk(disk.id.clone()));
     }
+    room_for_one(disk, 0)?;
+    Ok(Checkpoint {
+        chain: chain.clone(),
+        name: name.clone(),
+        size: disk.size,
+        time_ms,
+        id: Some(id),
+        owner: disk.owner.clone(),
+        image: own_image(disk)?,
+    })
 }
 
-fn usable_base(disk: &Disk, name: &Name) -> Result<Base, FullReason> {
-    let (checkpoint, bitmap) = find(disk, name).ok_or(FullReason::BaseMissing)?;
-    match unusable(disk, &checkpoint, bitmap) {
-        Some(reason) => Err(reason),
-        None => Ok(Base {
-            name: name.clone(),
-            bitmap: bitmap.name.clone(),
-            granularity: bitmap.granularity,
-        }),
+/// Whether the disk can have one checkpoint more, once it has lost `fewer`.
+///
+/// # Errors
+/// [`Kind::TooManyCheckpoints`].
+pub fn room_for_one(disk: &Disk, fewer: usize) -> Result<()> {
+    let ours =
+        |bitmap: &&crate::qemu::layer::Bitmap| Checkpoint::from_bitmap(&bitmap.name).is_some();
+    let count = disk.bitmaps().iter().filter(ours).count();
+    if count.saturating_sub(fewer) < MAX_CHECKPOINTS {
+        return Ok(());
     }
+    Err(Error::new(Kind::TooManyCheckpoints, "adding a checkpoint")
+        .because(format!(
+            "the disk has {count}, with those of other chains; the limit is {MAX_CHECKPOINTS}"
+        ))
+        .on_disk(disk.id.clone()))
+}
+
+/// What the disk's own image is known by.
+///
+/// # Errors
+/// [`Kind::DiskExcluded`]: it has none.
+pub fn own_image(disk: &Disk) -> Result<crate::checkpoint::Mark> {
+    let none =
+        || Error::new(Kind::DiskExcluded, "looking for the disk's image").on_disk(disk.id.clone());
+    disk.layers
+        .first()
+        .map(|layer| layer.image.clone())
+        .ok_or_else(none)
 }

@@ -23,9 +23,11 @@ use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-use crate::checkpoint::{GRANULARITY, Name};
+use crate::change;
+use crate::checkpoint::{GRANULARITY, Id, Name};
 use crate::error::{Error, Kind, Result};
 use crate::plan::{self, DiskPlan, Wish};
+use crate::qemu::discover::Disk;
 use crate::qemu::query::{self, Version};
 use crate::qemu::step::{self, Instant, Lasting, Names};
 use crate::qemu::{Event, Qmp, Schema, discover};
@@ -36,6 +38,9 @@ use crate::view::View;
 
 /// How long the transaction may take: it waits for guest I/O that is under way.
 const TRANSACTION_DEADLINE: Duration = Duration::from_secs(60);
+
+/// The first QEMU whose disks on an iothread can be exported: 9.0.
+const FIRST_WITH_IOTHREADS: u32 = 9;
 
 /// Where a session keeps its files.
 #[derive(Clone, Debug)]
@@ -62,6 +67,8 @@ pub struct SessionDisk {
 pub struct Session {
     /// Its id: 10 lower-case letters and digits.
     pub id: String,
+    /// The chain that its checkpoints belong to.
+    chain: Name,
     /// The instant: milliseconds since 1970 UTC, by this machine's clock.
     pub time_ms: u64,
     qmp: Qmp,
@@ -95,9 +102,12 @@ impl Session {
         cancel: &CancellationToken,
     ) -> Result<Self> {
         let time_ms = now_ms();
-        let disks = discover::disks(qmp).await?;
-        let plans = plan::plan(&disks, wish, time_ms)?;
         let version = query::version(qmp).await?;
+        let mut disks = discover::disks(qmp).await?;
+        if version.major < FIRST_WITH_IOTHREADS {
+            discover::find_iothreads(qmp, &mut disks).await?;
+        }
+        let plans = plan::plan(&disks, wish, time_ms, &new_id)?;
         refuse_what_hurts(version, &plans)?;
         refuse_what_is_lacking(&Schema::probe(qmp).await?)?;
         let id = random_id();
@@ -108,6 +118,7 @@ impl Session {
                 info!(session = id, disks = disks.len(), "point in time open");
                 Ok(Self {
                     id,
+                    chain: wish.chain.clone(),
                     time_ms,
                     qmp: qmp.clone(),
                     disks,
@@ -231,34 +242,36 @@ impl Session {
         disks: Option<&[String]>,
         delete: &[Name],
     ) -> (Vec<String>, Vec<String>) {
-        let mut deleted = Vec::new();
-        let mut bitmaps = Vec::new();
-        for disk in self.stored(disks) {
-            for name in delete {
-                if let Some((checkpoint, bitmap)) = plan::find(&disk.plan.disk, name) {
-                    deleted.push(format!("{}/{}", disk.plan.disk.id, checkpoint.name));
-                    bitmaps.push((disk.plan.disk.node.clone(), bitmap.name.clone()));
+        let disks: Vec<Disk> = self
+            .stored(disks)
+            .map(|disk| disk.plan.disk.clone())
+            .collect();
+        let (mut deleted, mut leftovers) = (Vec::new(), Vec::new());
+        let mut actions = Vec::new();
+        for name in delete {
+            match change::delete(&disks, None, &self.chain, std::slice::from_ref(name)) {
+                Ok((names, change)) => {
+                    deleted.extend(names);
+                    actions.extend(change.actions);
                 }
+                Err(error) if error.kind() == Kind::UnknownCheckpoint => {}
+                Err(error) => leftovers.push(format!("checkpoint {name}: {}", error.chain())),
             }
         }
-        if bitmaps.is_empty() {
-            return (deleted, Vec::new());
+        if actions.is_empty() {
+            return (deleted, leftovers);
         }
         match self
             .qmp
-            .execute_raw("transaction", step::remove_bitmaps(&bitmaps))
+            .execute_raw("transaction", step::transaction(actions))
             .await
         {
-            Ok(_) => (deleted, Vec::new()),
+            Ok(_) => (deleted, leftovers),
             Err(error) => {
                 let why = error.chain();
-                (
-                    Vec::new(),
-                    deleted
-                        .iter()
-                        .map(|name| format!("checkpoint {name}: {why}"))
-                        .collect(),
-                )
+                let kept = deleted.iter();
+                leftovers.extend(kept.map(|name| format!("checkpoint {name}: {why}")));
+                (Vec::new(), leftovers)
             }
         }
     }
@@ -282,10 +295,10 @@ impl Session {
 
 /// Refuses disks whose configuration this QEMU does not survive.
 fn refuse_what_hurts(version: Version, plans: &[DiskPlan]) -> Result<()> {
-    if (version.major, version.minor) >= (9, 0) {
+    if version.major >= FIRST_WITH_IOTHREADS {
         return Ok(());
     }
-    // Measured: below 9.0 an NBD export of an iothread's disk aborts QEMU.
+    // Measured: below that an NBD export of an iothread's disk aborts QEMU.
     match plans.iter().find(|plan| plan.disk.iothread.is_some()) {
         None => Ok(()),
         Some(plan) => Err(
@@ -391,7 +404,7 @@ async fn take_instant(
             base: plan
                 .base
                 .as_ref()
-                .map(|base| (base.bitmap.as_str(), base.granularity)),
+                .map(|base| (base.bitmaps.as_slice(), base.granularity)),
             checkpoint: plan.checkpoint.as_ref().map(|_| GRANULARITY),
         })
         .collect();
@@ -448,21 +461,23 @@ async fn open_view(
     ))
 }
 
-/// 10 random lower-case letters and digits.
+/// A new identity.
 #[must_use]
-pub fn random_id() -> String {
-    const LETTERS: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
+pub fn new_id() -> Id {
     let mut bytes = [0u8; 10];
     // Blocks only while the kernel has no entropy at boot; an error leaves zeros,
     // which a second session would notice as names that exist.
     let _filled = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty());
-    bytes
-        .iter()
-        .map(|byte| char::from(LETTERS[usize::from(byte % 32)]))
-        .collect()
+    Id::from_bytes(bytes)
 }
 
-fn now_ms() -> u64 {
+/// 10 random lower-case letters and digits.
+#[must_use]
+pub fn random_id() -> String {
+    new_id().as_str().to_owned()
+}
+
+pub(crate) fn now_ms() -> u64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default();

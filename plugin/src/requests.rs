@@ -22,8 +22,8 @@ use qemu_fleece_protocol::restore::{
 };
 use qemu_fleece_protocol::vm::{InspectParams, InspectResult};
 use qemu_fleece_protocol::{
-    Code, Id, MAX_LINE_BYTES, MAX_NAME_BYTES, MAX_PAYLOAD_BYTES, MAX_REQUESTS, Record, VERSION,
-    WireError,
+    Code, Id, MAX_CHECKPOINTS, MAX_EXTENTS, MAX_LINE_BYTES, MAX_NAME_BYTES, MAX_PAYLOAD_BYTES,
+    MAX_REQUESTS, Record, VERSION, WireError,
 };
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
@@ -34,7 +34,7 @@ use crate::monitors::Monitor;
 use crate::restores::{self, Answer, Order};
 use crate::serve::{Done, Server};
 use crate::stream::{self, Stream};
-use crate::{events, wire};
+use crate::{checkpoints, events, wire};
 
 /// What a request comes to.
 #[derive(Debug)]
@@ -53,7 +53,7 @@ pub(crate) enum Outcome {
     Restored(String, Result<Box<RawValue>, WireError>),
 }
 
-type Started = Result<Option<Outcome>, WireError>;
+pub(crate) type Started = Result<Option<Outcome>, WireError>;
 
 /// Starts a request: an outcome at once, or `None` when a task brings it.
 pub(crate) fn dispatch(
@@ -82,6 +82,7 @@ pub(crate) fn dispatch(
             Ok(None)
         }
         "vm.inspect" => Ok(inspect_vm(server, &request.id, request.params()?)),
+        "backup.estimate" => checkpoints::estimate(server, &request.id, request.params()?),
         "backup.begin" => backup_begin(server, &request.id, request.params()?),
         "backup.read" => backup_read(server, &request.id, request.params()?),
         "backup.ack" => backup_ack(server, &request.id, request.params()?),
@@ -91,10 +92,13 @@ pub(crate) fn dispatch(
         "restore.write" => restore_write(server, &request.id, request.params()?, payload),
         "restore.finish" => restore_order(server, &request.id, request.params()?, Order::Finish),
         "restore.abort" => restore_order(server, &request.id, request.params()?, Order::Abort),
-        method => Err(WireError::new(
-            Code::MethodNotFound,
-            format!("there is no method {method:?}"),
-        )),
+        method => match method.strip_prefix("checkpoint.") {
+            Some(method) => checkpoints::dispatch(server, request, method),
+            None => Err(WireError::new(
+                Code::MethodNotFound,
+                format!("there is no method {method:?}"),
+            )),
+        },
     }
 }
 
@@ -141,7 +145,7 @@ fn now<T: Serialize>(result: T) -> Started {
     Ok(Some(Outcome::Reply(to_raw(result))))
 }
 
-fn spawn(
+pub(crate) fn spawn(
     server: &mut Server,
     id: &Id,
     work: impl Future<Output = Outcome> + Send + 'static,
@@ -179,6 +183,8 @@ fn hello(server: &mut Server, params: HelloParams) -> Started {
             max_payload_bytes: MAX_PAYLOAD_BYTES,
             max_requests: MAX_REQUESTS as u64,
             max_name_bytes: MAX_NAME_BYTES as u64,
+            max_checkpoints: MAX_CHECKPOINTS as u64,
+            max_extents: MAX_EXTENTS as u64,
         },
     })
 }
@@ -307,11 +313,7 @@ fn backup_ack(server: &mut Server, id: &Id, params: AckParams) -> Started {
 }
 
 fn backup_commit(server: &mut Server, id: &Id, params: CommitParams) -> Started {
-    let delete = params
-        .delete_checkpoints
-        .iter()
-        .map(|name| wire::from_name(name))
-        .collect::<Result<Vec<_>, _>>()?;
+    let delete = wire::from_names(&params.delete_checkpoints)?;
     if let Some(Ended::Committed(result)) = server.backups.how_ended(&params.backup) {
         return now(result.clone());
     }

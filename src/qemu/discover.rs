@@ -6,24 +6,11 @@
 //! that QEMU made up (`#block123`), which changes from start to start, nor that of
 //! a filter of ours: a disk keeps its id while a session is open on it.
 
+use crate::checkpoint::Mark;
 use crate::error::Result;
-use crate::qemu::query::{self, BlockDevice, BlockNode};
+use crate::qemu::layer::{Bitmap, FORMATS, Layer, layers};
+use crate::qemu::query::{self, BlockDevice, BlockNode, plain_file};
 use crate::qemu::{Qmp, Refusal, iothread, step};
-
-/// Drivers of nodes that stand for a whole image.
-const FORMATS: &[&str] = &[
-    "raw",
-    "qcow2",
-    "qcow",
-    "qed",
-    "vmdk",
-    "vdi",
-    "vhdx",
-    "vpc",
-    "luks",
-    "parallels",
-    "bochs",
-];
 
 /// Drivers of nodes that stand for storage itself; a device may sit on one directly.
 const STORAGE: &[&str] = &[
@@ -45,25 +32,6 @@ const STORAGE: &[&str] = &[
     "virtio-blk-vhost-vdpa",
 ];
 
-/// A dirty bitmap of a disk.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Bitmap {
-    /// Its name.
-    pub name: String,
-    /// Dirty bytes.
-    pub count: u64,
-    /// Bytes that one bit stands for.
-    pub granularity: u64,
-    /// Changes are recorded.
-    pub recording: bool,
-    /// A job or an export uses it.
-    pub busy: bool,
-    /// The image stores it.
-    pub persistent: bool,
-    /// It was not stored in order, and cannot be used.
-    pub inconsistent: bool,
-}
-
 /// Why backups leave a disk out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
@@ -75,8 +43,10 @@ pub enum Reason {
     NoMedium,
     /// It holds firmware, or is made up by QEMU.
     UnsupportedDriver,
-    /// A filter lies above its image; also one of ours, of an open or lost session.
+    /// A filter lies above its image.
     FilterNode,
+    /// A point in time of ours is open on it, or was left.
+    InBackup,
     /// Another image is backed by it.
     BackingNode,
     /// Another disk has the same id.
@@ -93,6 +63,7 @@ impl Reason {
             Self::NoMedium => "no_medium",
             Self::UnsupportedDriver => "unsupported_driver",
             Self::FilterNode => "filter_node",
+            Self::InBackup => "in_backup",
             Self::BackingNode => "backing_node",
             Self::AmbiguousId => "ambiguous_id",
         }
@@ -117,12 +88,29 @@ pub struct Disk {
     /// The image stores bitmaps.
     pub persistent_bitmaps: bool,
     /// The id of the iothread that serves it or its controller; several are joined
-    /// by commas.
+    /// by commas. Only known after [`find_iothreads`].
     pub iothread: Option<String>,
-    /// Its named dirty bitmaps.
-    pub bitmaps: Vec<Bitmap>,
+    /// Of its VM and its id.
+    pub owner: Mark,
+    /// Its images: its own, at the node above, then those below it. Empty without a medium.
+    pub layers: Vec<Layer>,
     /// Why backups leave it out.
     pub excluded: Option<Reason>,
+}
+
+impl Disk {
+    /// Whether its checkpoints can be changed: also while a point in time of ours
+    /// is open on it.
+    #[must_use]
+    pub fn is_trackable(&self) -> bool {
+        matches!(self.excluded, None | Some(Reason::InBackup))
+    }
+
+    /// The dirty bitmaps of its own image.
+    #[must_use]
+    pub fn bitmaps(&self) -> &[Bitmap] {
+        self.layers.first().map_or(&[], |layer| &layer.bitmaps)
+    }
 }
 
 /// All disks of a VM, or of a storage daemon.
@@ -131,37 +119,72 @@ pub struct Disk {
 /// QEMU's, the monitor's.
 pub async fn disks(qmp: &Qmp) -> Result<Vec<Disk>> {
     let nodes = query::named_block_nodes(qmp).await?;
-    let mut disks = Vec::new();
-    for device in query::block_devices(qmp).await? {
-        let iothread = match &device.qdev {
-            Some(device) => iothread::of_device(qmp, device).await?,
-            None => None,
-        };
-        disks.push(from_device(device, &nodes, iothread));
-    }
+    let devices = query::block_devices(qmp).await?;
+    let vm = Vm {
+        identity: identity(qmp).await?,
+        nodes: &nodes,
+    };
+    let mut disks: Vec<Disk> = devices
+        .into_iter()
+        .map(|device| vm.disk_of_device(device))
+        .collect();
     // A VM without disks may have nodes that no device uses; those are no disks.
     if disks.is_empty() && is_storage_daemon(qmp).await? {
         disks = nodes
             .iter()
-            .filter_map(|node| from_node(node, &nodes))
+            .filter_map(|node| vm.disk_of_node(node))
             .collect();
     }
     mark_ambiguous(&mut disks);
     Ok(disks)
 }
 
+/// Asks which iothread serves each disk: some questions a disk.
+///
+/// # Errors
+/// QEMU's, the monitor's.
+pub async fn find_iothreads(qmp: &Qmp, disks: &mut [Disk]) -> Result<()> {
+    for disk in disks {
+        if let Some(device) = &disk.qdev {
+            disk.iothread = iothread::of_device(qmp, device).await?;
+        }
+    }
+    Ok(())
+}
+
+/// What the VM is known by: its UUID, else its name, else nothing; a storage
+/// daemon has neither.
+async fn identity(qmp: &Qmp) -> Result<String> {
+    if let Some(uuid) = where_known(query::uuid(qmp).await)? {
+        return Ok(uuid);
+    }
+    Ok(where_known(query::name(qmp).await)?.unwrap_or_default())
+}
+
+/// A storage daemon does not know the commands that only a VM can answer.
+///
+/// # Errors
+/// All others.
+pub fn where_known<T>(answer: Result<Option<T>>) -> Result<Option<T>> {
+    match answer {
+        Err(error) if is_unknown_command(&error) => Ok(None),
+        answer => answer,
+    }
+}
+
+fn is_unknown_command(error: &crate::error::Error) -> bool {
+    use std::error::Error as _;
+    error
+        .source()
+        .and_then(|source| source.downcast_ref::<Refusal>())
+        .is_some_and(|refusal| refusal.class == "CommandNotFound")
+}
+
 /// Only a VM has a run state.
 async fn is_storage_daemon(qmp: &Qmp) -> Result<bool> {
-    use std::error::Error as _;
     match query::status(qmp).await {
-        Ok(_) => Ok(false),
-        Err(error) => match error
-            .source()
-            .and_then(|source| source.downcast_ref::<Refusal>())
-        {
-            Some(refusal) if refusal.class == "CommandNotFound" => Ok(true),
-            _ => Err(error),
-        },
+        Err(error) if is_unknown_command(&error) => Ok(true),
+        answer => answer.map(|_| false),
     }
 }
 
@@ -177,60 +200,108 @@ fn under_our_filter<'a>(filter: &BlockNode, nodes: &'a [BlockNode]) -> Option<&'
     found.next().filter(|_| found.next().is_none())
 }
 
-fn from_device(device: BlockDevice, nodes: &[BlockNode], iothread: Option<String>) -> Disk {
-    let BlockDevice {
-        device: backend,
-        qdev,
-        removable,
-        inserted,
-    } = device;
-    let filtered = inserted
-        .as_ref()
-        .is_some_and(|node| node.node_name.starts_with(step::PREFIX));
-    let inserted = match inserted {
-        Some(filter) if filtered => {
-            Some(under_our_filter(&filter, nodes).cloned().unwrap_or(filter))
-        }
-        inserted => inserted,
-    };
-    let given = qdev.as_deref().and_then(device_id);
-    let node = inserted
-        .as_ref()
-        .map(|node| node.node_name.as_str())
-        .filter(|name| !name.starts_with('#') && !name.starts_with(step::PREFIX));
-    let backend = Some(backend.as_str()).filter(|name| !name.is_empty() && !name.starts_with('#'));
-    let id = sane(
-        given
-            .or(backend)
-            .or(node)
-            .or(qdev.as_deref())
-            .unwrap_or("unnamed"),
-    );
-    let Some(node) = inserted else {
-        return Disk {
-            id,
-            node: String::new(),
-            format: String::new(),
-            file: None,
-            size: 0,
+/// What is the same for all disks.
+struct Vm<'a> {
+    identity: String,
+    nodes: &'a [BlockNode],
+}
+
+impl Vm<'_> {
+    fn disk_of_device(&self, device: BlockDevice) -> Disk {
+        let BlockDevice {
+            device: backend,
             qdev,
-            persistent_bitmaps: false,
-            iothread,
-            bitmaps: Vec::new(),
-            excluded: Some(if removable {
-                Reason::Removable
-            } else {
-                Reason::NoMedium
-            }),
+            removable,
+            inserted,
+        } = device;
+        let ours = |node: &BlockNode| node.node_name.starts_with(step::PREFIX);
+        let filtered = inserted.as_ref().is_some_and(ours);
+        let inserted = inserted.map(|node| match under_our_filter(&node, self.nodes) {
+            Some(image) if filtered => image.clone(),
+            _ => node,
+        });
+        let given = qdev.as_deref().and_then(device_id);
+        let node = inserted
+            .as_ref()
+            .filter(|node| !ours(node))
+            .map(|node| node.node_name.as_str())
+            .filter(|name| !name.starts_with('#'));
+        let backend =
+            Some(backend.as_str()).filter(|name| !name.is_empty() && !name.starts_with('#'));
+        let id = sane(
+            given
+                .or(backend)
+                .or(node)
+                .or(qdev.as_deref())
+                .unwrap_or("unnamed"),
+        );
+        let excluded = match &inserted {
+            _ if removable => Some(Reason::Removable),
+            None => Some(Reason::NoMedium),
+            _ if qdev.as_deref().is_some_and(is_firmware) => Some(Reason::UnsupportedDriver),
+            Some(node) if ours(node) => Some(Reason::FilterNode),
+            _ if filtered => Some(Reason::InBackup),
+            Some(node) => exclude(node),
         };
-    };
-    let excluded = match &node {
-        _ if removable => Some(Reason::Removable),
-        _ if qdev.as_deref().is_some_and(is_firmware) => Some(Reason::UnsupportedDriver),
-        _ if filtered => Some(Reason::FilterNode),
-        node => exclude(node),
-    };
-    disk(id, node, qdev, iothread, excluded)
+        self.disk(id, inserted, qdev, excluded)
+    }
+
+    /// A storage daemon has no devices: each image that the user named is a disk.
+    fn disk_of_node(&self, node: &BlockNode) -> Option<Disk> {
+        let named = !node.node_name.starts_with('#') && !node.node_name.starts_with(step::PREFIX);
+        if !named || !FORMATS.contains(&node.drv.as_str()) {
+            return None;
+        }
+        let file = plain_file(&node.file);
+        let backs = self.nodes.iter().any(|above| {
+            let below = above.backing_file.as_deref().map(plain_file);
+            below.as_ref() == Some(&file)
+        });
+        let filtered = self.nodes.iter().any(|above| {
+            above.drv == "copy-before-write"
+                && above.node_name.starts_with(step::PREFIX)
+                && above.file == node.file
+        });
+        let excluded = match exclude(node) {
+            _ if backs => Some(Reason::BackingNode),
+            None if filtered => Some(Reason::InBackup),
+            excluded => excluded,
+        };
+        Some(self.disk(sane(&node.node_name), Some(node.clone()), None, excluded))
+    }
+
+    fn disk(
+        &self,
+        id: String,
+        node: Option<BlockNode>,
+        qdev: Option<String>,
+        excluded: Option<Reason>,
+    ) -> Disk {
+        Disk {
+            owner: Mark::of(&[&self.identity, &id]),
+            id,
+            qdev,
+            iothread: None,
+            excluded,
+            persistent_bitmaps: node.as_ref().is_some_and(stores_bitmaps),
+            layers: node
+                .as_ref()
+                .map_or_else(Vec::new, |node| layers(node, self.nodes)),
+            file: node.as_ref().map(|node| node.file.clone()),
+            size: node.as_ref().map_or(0, |node| node.image.virtual_size),
+            format: node
+                .as_ref()
+                .map_or_else(String::new, |node| node.drv.clone()),
+            node: node.map_or_else(String::new, |node| node.node_name),
+        }
+    }
+}
+
+/// qcow2's older form, compat=0.10, has no room for bitmaps.
+fn stores_bitmaps(node: &BlockNode) -> bool {
+    let special = node.image.format_specific.as_ref();
+    let compat = special.and_then(|special| special.data["compat"].as_str());
+    node.drv == "qcow2" && compat.is_some_and(|compat| compat != "0.10")
 }
 
 /// A board's flash, as `/machine/system.flash0`. A user's device is further down,
@@ -238,29 +309,6 @@ fn from_device(device: BlockDevice, nodes: &[BlockNode], iothread: Option<String
 fn is_firmware(qdev: &str) -> bool {
     qdev.strip_prefix("/machine/")
         .is_some_and(|name| !name.contains('/') && name.contains("flash"))
-}
-
-/// A storage daemon has no devices: each image that the user named is a disk.
-fn from_node(node: &BlockNode, nodes: &[BlockNode]) -> Option<Disk> {
-    let named = !node.node_name.starts_with('#') && !node.node_name.starts_with(step::PREFIX);
-    if !named || !FORMATS.contains(&node.drv.as_str()) {
-        return None;
-    }
-    let backs = nodes
-        .iter()
-        .any(|above| above.backing_file.as_ref() == Some(&node.file));
-    let excluded = if backs {
-        Some(Reason::BackingNode)
-    } else {
-        exclude(node)
-    };
-    Some(disk(
-        sane(&node.node_name),
-        node.clone(),
-        None,
-        None,
-        excluded,
-    ))
 }
 
 fn exclude(node: &BlockNode) -> Option<Reason> {
@@ -273,45 +321,6 @@ fn exclude(node: &BlockNode) -> Option<Reason> {
         Some(Reason::FilterNode)
     } else {
         None
-    }
-}
-
-fn disk(
-    id: String,
-    node: BlockNode,
-    qdev: Option<String>,
-    iothread: Option<String>,
-    excluded: Option<Reason>,
-) -> Disk {
-    let compat = node
-        .image
-        .format_specific
-        .as_ref()
-        .and_then(|special| special.data["compat"].as_str());
-    // qcow2's older form, compat=0.10, has no room for bitmaps.
-    let persistent_bitmaps = node.drv == "qcow2" && compat.is_some_and(|compat| compat != "0.10");
-    let bitmaps = node.dirty_bitmaps.into_iter().filter_map(|bitmap| {
-        Some(Bitmap {
-            name: bitmap.name.filter(|name| !name.is_empty())?,
-            count: bitmap.count,
-            granularity: bitmap.granularity,
-            recording: bitmap.recording,
-            busy: bitmap.busy,
-            persistent: bitmap.persistent,
-            inconsistent: bitmap.inconsistent,
-        })
-    });
-    Disk {
-        id,
-        format: node.drv,
-        file: Some(node.file),
-        size: node.image.virtual_size,
-        qdev,
-        persistent_bitmaps,
-        iothread,
-        bitmaps: bitmaps.collect(),
-        excluded,
-        node: node.node_name,
     }
 }
 

@@ -10,6 +10,7 @@ pub mod address;
 pub mod discover;
 mod iothread;
 pub mod job;
+pub mod layer;
 pub mod line;
 mod outgoing;
 pub mod qmp;

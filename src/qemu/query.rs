@@ -172,10 +172,33 @@ pub struct DirtyBitmap {
 pub struct Image {
     /// Bytes that a reader sees.
     pub virtual_size: u64,
-    /// The image below.
-    pub backing_image: Option<Box<serde_json::Value>>,
+    /// Bytes that its file takes, where that is known.
+    pub actual_size: Option<u64>,
     /// What is special to the format.
     pub format_specific: Option<FormatSpecific>,
+}
+
+/// A file as QEMU names it, without what may change around it: options, and the image
+/// below, which QEMU tells as `json:{...}` where they are not the image's own.
+#[must_use]
+pub fn plain_file(name: &str) -> String {
+    let Some(Ok(mut options)) = name
+        .strip_prefix("json:")
+        .map(serde_json::from_str::<serde_json::Value>)
+    else {
+        return name.to_owned();
+    };
+    let mut at = &options;
+    while at.get("filename").is_none() && at["file"].is_object() {
+        at = &at["file"];
+    }
+    if let Some(file) = at["filename"].as_str() {
+        return file.to_owned();
+    }
+    if let Some(options) = options.as_object_mut() {
+        options.remove("backing");
+    }
+    options.to_string()
 }
 
 /// What is special to a format (QAPI `ImageInfoSpecific`).
@@ -244,4 +267,22 @@ pub async fn block_devices(qmp: &Qmp) -> Result<Vec<BlockDevice>> {
 pub async fn property(qmp: &Qmp, path: &str, property: &str) -> Result<serde_json::Value> {
     qmp.execute_raw("qom-get", json!({"path": path, "property": property}))
         .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::plain_file;
+
+    #[test]
+    fn a_file_is_known_whatever_is_said_around_it() {
+        let overlay = r#"json:{"backing": {"driver": "qcow2", "file": {"driver": "file", "filename": "/b"}}, "driver": "qcow2", "file": {"driver": "file", "filename": "/a"}}"#;
+        assert_eq!(plain_file(overlay), "/a");
+        assert_eq!(plain_file("/a"), "/a");
+        assert_eq!(plain_file("json:{"), "json:{");
+        let server = r#"json:{"driver": "raw", "backing": {"x": 1}, "file": {"driver": "nbd", "path": "/s"}}"#;
+        assert_eq!(
+            plain_file(server),
+            r#"{"driver":"raw","file":{"driver":"nbd","path":"/s"}}"#
+        );
+    }
 }

@@ -72,6 +72,19 @@ impl Names {
     pub fn pending(&self) -> String {
         format!("{}-new", self.stem)
     }
+
+    /// A node that is written to for its dirty bitmap only.
+    #[must_use]
+    pub fn canvas(&self) -> String {
+        format!("{}-p", self.stem)
+    }
+}
+
+/// The session that an object of this name belongs to; `None`: it is not ours.
+#[must_use]
+pub fn session_of(name: &str) -> Option<&str> {
+    let (session, _) = name.strip_prefix(PREFIX)?.split_once('-')?;
+    Some(session)
 }
 
 /// What the transaction does with one disk.
@@ -81,8 +94,9 @@ pub struct Instant<'a> {
     pub node: &'a str,
     /// The disk's objects.
     pub names: &'a Names,
-    /// The base's bitmap and its granularity, in an incremental.
-    pub base: Option<(&'a str, u64)>,
+    /// The base's bitmaps as (node, name), and the granularity of the finest, in an
+    /// incremental.
+    pub base: Option<(&'a [(String, String)], u64)>,
     /// The granularity of the new checkpoint, where one is made.
     pub checkpoint: Option<u64>,
 }
@@ -104,14 +118,15 @@ pub fn point_in_time(disks: &[Instant<'_>]) -> Value {
             .map(|grain| add_bitmap(disk.node, &disk.names.pending(), grain, false, false));
         let frozen = disk.base.into_iter().flat_map(|(base, grain)| {
             let name = disk.names.changes();
-            [
-                add_bitmap(disk.node, &name, grain, false, true),
-                merge_bitmap(disk.node, base, &name),
-            ]
+            let add = add_bitmap(disk.node, &name, grain, false, true);
+            let merges = base
+                .iter()
+                .map(|(node, from)| merge_bitmap(disk.node, &name, node, from));
+            std::iter::once(add).chain(merges).collect::<Vec<_>>()
         });
         new.into_iter().chain(frozen)
     });
-    json!({"actions": backups.chain(bitmaps).collect::<Vec<_>>()})
+    transaction(backups.chain(bitmaps).collect())
 }
 
 /// A checkpoint that is committed.
@@ -145,36 +160,69 @@ pub fn commit(disks: &[Lasting<'_>]) -> Value {
                     disk.persistent,
                     false,
                 ),
-                merge_bitmap(disk.node, disk.pending, disk.bitmap),
+                merge_bitmap(disk.node, disk.bitmap, disk.node, disk.pending),
                 remove_bitmap(disk.node, disk.pending),
             ]
         })
         .collect();
-    json!({"actions": actions})
+    transaction(actions)
 }
 
-/// `transaction`: bitmaps go, all or none. `bitmaps` are (node, name).
+/// `transaction`: all of these actions, or none.
 #[must_use]
-pub fn remove_bitmaps(bitmaps: &[(String, String)]) -> Value {
-    let actions: Vec<Value> = bitmaps
-        .iter()
-        .map(|(node, name)| remove_bitmap(node, name))
-        .collect();
+pub fn transaction(actions: Vec<Value>) -> Value {
     json!({"actions": actions})
 }
 
-fn add_bitmap(node: &str, name: &str, granularity: u64, persistent: bool, disabled: bool) -> Value {
+/// An action: a new bitmap.
+#[must_use]
+pub fn add_bitmap(
+    node: &str,
+    name: &str,
+    granularity: u64,
+    persistent: bool,
+    disabled: bool,
+) -> Value {
     json!({"type": "block-dirty-bitmap-add", "data": {
         "node": node, "name": name, "granularity": granularity, "persistent": persistent, "disabled": disabled,
     }})
 }
 
-fn merge_bitmap(node: &str, from: &str, into: &str) -> Value {
+/// An action: what bitmap `from` of `from_node` holds is added to `into`.
+#[must_use]
+pub fn merge_bitmap(node: &str, into: &str, from_node: &str, from: &str) -> Value {
+    let from = json!({"node": from_node, "name": from});
     json!({"type": "block-dirty-bitmap-merge", "data": {"node": node, "target": into, "bitmaps": [from]}})
 }
 
-fn remove_bitmap(node: &str, name: &str) -> Value {
+/// An action: a bitmap goes.
+#[must_use]
+pub fn remove_bitmap(node: &str, name: &str) -> Value {
     json!({"type": "block-dirty-bitmap-remove", "data": {"node": node, "name": name}})
+}
+
+/// An action: a bitmap records.
+#[must_use]
+pub fn enable_bitmap(node: &str, name: &str) -> Value {
+    json!({"type": "block-dirty-bitmap-enable", "data": {"node": node, "name": name}})
+}
+
+/// An action: a bitmap does not record.
+#[must_use]
+pub fn disable_bitmap(node: &str, name: &str) -> Value {
+    json!({"type": "block-dirty-bitmap-disable", "data": {"node": node, "name": name}})
+}
+
+/// `blockdev-add`: a node of the disk's size that takes writes and keeps nothing.
+#[must_use]
+pub fn canvas(names: &Names, size: u64) -> Value {
+    json!({"driver": "null-co", "node-name": names.canvas(), "size": size, "read-zeroes": true})
+}
+
+/// `block-export-add`: that node over NBD.
+#[must_use]
+pub fn canvas_export(names: &Names) -> Value {
+    json!({"type": "nbd", "id": names.job(), "node-name": names.canvas(), "name": names.canvas(), "writable": true})
 }
 
 /// `blockdev-add`: the file below the scratch image.
@@ -236,11 +284,12 @@ mod tests {
     #[test]
     fn all_commands_fit_qemus_schema() {
         let names = names();
+        let base = [("a".to_owned(), "b".to_owned())];
         let disks = [
             Instant {
                 node: "a",
                 names: &names,
-                base: Some(("b", 65536)),
+                base: Some((&base, 65536)),
                 checkpoint: Some(65536),
             },
             Instant {
@@ -259,7 +308,16 @@ mod tests {
             persistent: true,
         };
         fits::<qmp::transaction>(&commit(&[lasting]));
-        fits::<qmp::transaction>(&remove_bitmaps(&[("a".into(), "b".into())]));
+        let actions = [
+            add_bitmap("a", "b", 65536, true, false),
+            merge_bitmap("a", "b", "c", "d"),
+            enable_bitmap("a", "b"),
+            disable_bitmap("a", "b"),
+            remove_bitmap("a", "b"),
+        ];
+        fits::<qmp::transaction>(&transaction(actions.to_vec()));
+        fits::<qmp::blockdev_add>(&canvas(&names, 1 << 40));
+        fits::<qmp::block_export_add>(&canvas_export(&names));
         fits::<qmp::blockdev_add>(&scratch_file(&names, "/dev/fdset/1"));
         fits::<qmp::blockdev_create>(&format_scratch(&names, 1 << 40));
         fits::<qmp::blockdev_add>(&scratch(&names));
@@ -271,10 +329,11 @@ mod tests {
     #[test]
     fn backup_actions_come_first() {
         let names = names();
+        let base = [("a".to_owned(), "b".to_owned())];
         let disk = Instant {
             node: "a",
             names: &names,
-            base: Some(("b", 65536)),
+            base: Some((&base, 65536)),
             checkpoint: Some(65536),
         };
         let transaction = point_in_time(&[disk.clone(), disk]);
@@ -300,6 +359,7 @@ mod tests {
             names.view(),
             names.scratch(),
             names.scratch_file(),
+            names.canvas(),
         ] {
             assert!(name.len() <= 31, "{name}");
         }

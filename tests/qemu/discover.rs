@@ -14,7 +14,10 @@ fn words(text: &str) -> Vec<String> {
 
 async fn disks(arguments: &[String]) -> Vec<Disk> {
     let machine = Machine::start(arguments).await;
-    discover::disks(&machine.connect().await).await.unwrap()
+    let qmp = machine.connect().await;
+    let mut disks = discover::disks(&qmp).await.unwrap();
+    discover::find_iothreads(&qmp, &mut disks).await.unwrap();
+    disks
 }
 
 fn find<'a>(disks: &'a [Disk], id: &str) -> &'a Disk {
@@ -190,9 +193,9 @@ async fn bitmaps_are_told_in_each_state() {
         }
         let disks = discover::disks(&qmp).await.unwrap();
         let disk = find(&disks, "vda");
-        assert_eq!(disk.bitmaps.len(), 3);
+        assert_eq!(disk.bitmaps().len(), 3);
         let bitmap = |name| {
-            disk.bitmaps
+            disk.bitmaps()
                 .iter()
                 .find(|bitmap| bitmap.name == name)
                 .unwrap()
@@ -231,7 +234,7 @@ async fn a_filter_of_ours_hides_nothing() {
         qmp.execute_raw("blockdev-backup", backup).await.unwrap();
         let during = discover::disks(&qmp).await.unwrap();
         let mut expected = before;
-        expected[0].excluded = Some(Reason::FilterNode);
+        expected[0].excluded = Some(Reason::InBackup);
         assert_eq!(during, expected);
     })
     .await;

@@ -1,19 +1,22 @@
 //! Between the wire's words and the engine's: the only place that knows both.
 
-use qemu_fleece_engine as engine;
-use qemu_fleece_engine::checkpoint::{FullReason as EngineReason, Name};
-use qemu_fleece_engine::plan::{self, Wish};
+pub(crate) mod checkpoint;
+
+use qemu_fleece_engine::checkpoint::{Checkpoint, FullReason as EngineReason, Id, Name};
+use qemu_fleece_engine::estimate::Estimate;
+use qemu_fleece_engine::plan::{Choice, DiskPlan, Wish};
 use qemu_fleece_engine::qemu::discover::Disk;
 use qemu_fleece_engine::restore as engine_restore;
 use qemu_fleece_engine::session::{Committed, Session, SessionDisk};
 use qemu_fleece_engine::{Error, Kind};
 use qemu_fleece_protocol::backup::{
-    BackupDisk, BeginParams, BeginResult, CommitResult, FullReason, Mode,
+    BackupDisk, BeginParams, BeginResult, CommitResult, DiskChoice, DiskEstimate, EstimateParams,
+    FullReason, Mode,
 };
 use qemu_fleece_protocol::error::StateLeft;
 use qemu_fleece_protocol::record::Begin;
 use qemu_fleece_protocol::restore::Format;
-use qemu_fleece_protocol::vm::{CheckpointInfo, DiskInfo, Tracking};
+use qemu_fleece_protocol::vm::{DiskInfo, Tracking};
 use qemu_fleece_protocol::{Code, WireError};
 
 /// The code of each kind.
@@ -36,6 +39,10 @@ fn code(kind: Kind) -> Code {
         Kind::UnknownDisk => Code::UnknownDisk,
         Kind::DiskExcluded => Code::DiskExcluded,
         Kind::CheckpointExists => Code::CheckpointExists,
+        Kind::UnknownCheckpoint => Code::UnknownCheckpoint,
+        Kind::TooManyCheckpoints => Code::TooManyCheckpoints,
+        Kind::CheckpointBusy => Code::CheckpointBusy,
+        Kind::CheckpointUnusable => Code::CheckpointUnusable,
         Kind::BaseUnusable(_) => Code::BaseUnusable,
         Kind::ScratchUnavailable => Code::ScratchUnavailable,
         Kind::PointInTimeLost => Code::PointInTimeLost,
@@ -81,7 +88,11 @@ fn to_reason(reason: EngineReason) -> FullReason {
         EngineReason::BaseMissing => FullReason::BaseMissing,
         EngineReason::BaseInconsistent => FullReason::BaseInconsistent,
         EngineReason::BaseNotRecording => FullReason::BaseNotRecording,
+        EngineReason::BaseGap => FullReason::BaseGap,
+        EngineReason::BaseMismatch => FullReason::BaseMismatch,
         EngineReason::BaseBusy => FullReason::BaseBusy,
+        EngineReason::BitmapLost => FullReason::BitmapLost,
+        EngineReason::OnBackingImage => FullReason::OnBackingImage,
         EngineReason::SizeChanged => FullReason::SizeChanged,
     }
 }
@@ -90,21 +101,49 @@ pub(crate) fn from_name(text: &str) -> Result<Name, WireError> {
     Name::parse(text).map_err(|error| unchanged(&error))
 }
 
-pub(crate) fn from_begin(params: &BeginParams) -> Result<Wish, WireError> {
+pub(crate) fn from_names(names: &[String]) -> Result<Vec<Name>, WireError> {
+    names.iter().map(|name| from_name(name)).collect()
+}
+
+fn from_id(text: &str) -> Result<Id, WireError> {
+    Id::parse(text).map_err(|error| unchanged(&error))
+}
+
+/// A chain; `None`: every chain.
+pub(crate) fn from_chain_choice(chain: &str, all: bool) -> Result<Option<Name>, WireError> {
+    from_name(chain).map(|chain| (!all).then_some(chain))
+}
+
+fn from_choices(choices: Option<&[DiskChoice]>) -> Result<Option<Vec<Choice>>, WireError> {
     let name = |text: &Option<String>| text.as_deref().map(from_name).transpose();
-    let disk = |choice: &qemu_fleece_protocol::backup::DiskChoice| {
-        let base = choice.base.as_ref().map(name).transpose()?;
-        Ok((choice.disk.clone(), base))
+    let choice = |choice: &DiskChoice| {
+        Ok(Choice {
+            disk: choice.disk.clone(),
+            base: choice.base.as_ref().map(name).transpose()?,
+            base_id: choice.base_id.as_deref().map(from_id).transpose()?,
+        })
     };
-    let disks = params
-        .disks
-        .as_ref()
-        .map(|disks| disks.iter().map(disk).collect::<Result<Vec<_>, _>>());
+    let choices = choices.map(|choices| choices.iter().map(choice).collect());
+    choices.transpose()
+}
+
+pub(crate) fn from_begin(params: &BeginParams) -> Result<Wish, WireError> {
     Ok(Wish {
-        disks: disks.transpose()?,
-        base: name(&params.base)?,
-        checkpoint: name(&params.checkpoint)?,
+        chain: from_name(&params.chain)?,
+        disks: from_choices(params.disks.as_deref())?,
+        base: params.base.as_deref().map(from_name).transpose()?,
+        checkpoint: params.checkpoint.as_deref().map(from_name).transpose()?,
         strict: params.strict,
+    })
+}
+
+pub(crate) fn from_estimate(params: &EstimateParams) -> Result<Wish, WireError> {
+    Ok(Wish {
+        chain: from_name(&params.chain)?,
+        disks: from_choices(params.disks.as_deref())?,
+        base: params.base.as_deref().map(from_name).transpose()?,
+        checkpoint: None,
+        strict: false,
     })
 }
 
@@ -145,6 +184,7 @@ fn to_backup_disk(disk: &SessionDisk) -> BackupDisk {
             .checkpoint
             .as_ref()
             .map(|checkpoint| checkpoint.name.to_string()),
+        checkpoint_id: plan.checkpoint.as_ref().and_then(id),
         tracking: to_tracking(&plan.disk),
         granularity: plan.granularity(),
         changed_bytes: disk.changed_bytes,
@@ -185,17 +225,6 @@ pub(crate) fn to_committed(committed: Committed) -> CommitResult {
 }
 
 pub(crate) fn to_disk(disk: &Disk) -> DiskInfo {
-    let checkpoints = plan::checkpoints(disk).map(|(checkpoint, bitmap)| CheckpointInfo {
-        checkpoint: checkpoint.name.to_string(),
-        time_ms: checkpoint.time_ms,
-        changed_bytes: bitmap.count,
-        granularity: bitmap.granularity,
-        unusable: plan::unusable(disk, &checkpoint, bitmap).map(to_reason),
-    });
-    let ours = |name: &str| {
-        name.starts_with(engine::checkpoint::PREFIX) || name.starts_with(engine::qemu::step::PREFIX)
-    };
-    let foreign = disk.bitmaps.iter().filter(|bitmap| !ours(&bitmap.name));
     DiskInfo {
         disk: disk.id.clone(),
         node: disk.node.clone(),
@@ -206,8 +235,30 @@ pub(crate) fn to_disk(disk: &Disk) -> DiskInfo {
         iothread: disk.iothread.clone(),
         tracking: to_tracking(disk),
         excluded: disk.excluded.map(|reason| reason.name().to_owned()),
-        checkpoints: checkpoints.collect(),
-        foreign_bitmaps: foreign.map(|bitmap| bitmap.name.clone()).collect(),
+    }
+}
+
+fn id(checkpoint: &Checkpoint) -> Option<String> {
+    checkpoint.id.as_ref().map(|id| id.as_str().to_owned())
+}
+
+pub(crate) fn to_estimate(estimate: &Estimate) -> DiskEstimate {
+    let DiskPlan {
+        disk,
+        wanted,
+        base,
+        reason,
+        ..
+    } = &estimate.plan;
+    DiskEstimate {
+        disk: disk.id.clone(),
+        size: disk.size,
+        planned: to_mode(wanted.is_some()),
+        mode: to_mode(base.is_some()),
+        reason: reason.map(to_reason),
+        base: base.as_ref().map(|base| base.name.to_string()),
+        changed_bytes: estimate.changed_bytes,
+        read_bytes: estimate.read_bytes,
     }
 }
 

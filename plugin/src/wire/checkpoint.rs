@@ -1,0 +1,182 @@
+//! Checkpoints between the wire's words and the engine's.
+
+use qemu_fleece_engine::chain::{self, Entry, Found, Scope};
+use qemu_fleece_engine::checkpoint::{Checkpoint, Health as EngineHealth};
+use qemu_fleece_engine::manage::{self, Listed, Word};
+use qemu_fleece_engine::qemu::discover::Disk;
+use qemu_fleece_engine::qemu::layer::Bitmap;
+use qemu_fleece_engine::repair::{Repaired, Report};
+use qemu_fleece_protocol::checkpoint::{
+    Changed, ChangedWord, CheckpointInfo, DiskCheckpoints, DisksResult, Health, RedefineDisk,
+    RepairResult, RepairedDisk,
+};
+use qemu_fleece_protocol::{Code, MAX_EXTENTS, WireError};
+
+use super::{from_id, id, to_tracking};
+
+/// The host's word on a disk.
+pub(crate) fn from_word(word: RedefineDisk) -> Result<Word, WireError> {
+    let invalid = |why: String| {
+        let mut error = WireError::new(Code::InvalidParams, why);
+        error.data.disk = Some(word.disk.clone());
+        error
+    };
+    let changed = match &word.changed {
+        Changed::Word(ChangedWord::All) => manage::Changed::All,
+        Changed::Word(ChangedWord::Recorded) => manage::Changed::Recorded,
+        Changed::Extents(extents) if extents.len() > MAX_EXTENTS => {
+            return Err(invalid(format!("there are more than {MAX_EXTENTS} ranges")));
+        }
+        Changed::Extents(extents) => {
+            let range = |(offset, length): &(u64, u64)| {
+                let end = offset.checked_add(*length);
+                let end =
+                    end.ok_or_else(|| invalid(format!("no disk reaches to {offset} + {length}")));
+                Ok(*offset..end?)
+            };
+            let ranges = extents.iter().map(range).collect::<Result<_, WireError>>();
+            manage::Changed::Ranges(ranges?)
+        }
+    };
+    Ok(Word {
+        id: word.id.as_deref().map(from_id).transpose()?,
+        changed,
+        disk: word.disk,
+    })
+}
+
+fn to_health(health: EngineHealth) -> Health {
+    match health {
+        EngineHealth::Usable => Health::Usable,
+        EngineHealth::Inconsistent => Health::Inconsistent,
+        EngineHealth::Missing => Health::Missing,
+        EngineHealth::NotRecording => Health::NotRecording,
+        EngineHealth::Gap => Health::Gap,
+        EngineHealth::Foreign => Health::Foreign,
+        EngineHealth::SizeChanged => Health::SizeChanged,
+        EngineHealth::OnBackingImage => Health::OnBackingImage,
+        EngineHealth::Mismatch => Health::Mismatch,
+        EngineHealth::Busy => Health::Busy,
+    }
+}
+
+/// A checkpoint of which nothing is known but its name.
+fn bare(name: &str, health: Health) -> CheckpointInfo {
+    CheckpointInfo {
+        checkpoint: name.to_owned(),
+        health,
+        chain: None,
+        id: None,
+        time_ms: None,
+        dirty_bytes: None,
+        granularity: None,
+        persistent: None,
+        recording: None,
+        memory_bytes: None,
+    }
+}
+
+fn of_checkpoint(checkpoint: &Checkpoint, health: Health) -> CheckpointInfo {
+    CheckpointInfo {
+        chain: Some(checkpoint.chain.to_string()),
+        id: id(checkpoint),
+        time_ms: Some(checkpoint.time_ms),
+        ..bare(checkpoint.name.as_str(), health)
+    }
+}
+
+fn with_bitmap(info: CheckpointInfo, disk: &Disk, bitmap: &Bitmap) -> CheckpointInfo {
+    CheckpointInfo {
+        dirty_bytes: (!bitmap.inconsistent).then_some(bitmap.count.min(disk.size)),
+        granularity: Some(bitmap.granularity),
+        persistent: Some(bitmap.persistent),
+        recording: Some(bitmap.recording),
+        memory_bytes: Some(disk.size.div_ceil(bitmap.granularity.max(1)).div_ceil(8)),
+        ..info
+    }
+}
+
+fn to_found(disk: &Disk, found: &Found<'_>) -> CheckpointInfo {
+    let info = of_checkpoint(&found.checkpoint, to_health(found.health));
+    let bitmap = found.own.or(found.parts.first().map(|part| part.bitmap));
+    let info = match bitmap {
+        Some(bitmap) => with_bitmap(info, disk, bitmap),
+        None => info,
+    };
+    CheckpointInfo {
+        dirty_bytes: found.dirty_bytes(disk),
+        ..info
+    }
+}
+
+fn to_entry(disk: &Disk, entry: &Entry<'_>) -> CheckpointInfo {
+    match entry {
+        Entry::Ours(found) => to_found(disk, found),
+        Entry::Missing(chain, name) => CheckpointInfo {
+            chain: Some(chain.to_string()),
+            ..bare(name.as_str(), Health::Missing)
+        },
+        Entry::Foreign(bitmap) => with_bitmap(bare(&bitmap.name, Health::Foreign), disk, bitmap),
+    }
+}
+
+pub(crate) fn to_listed(listed: &Listed) -> DisksResult {
+    let Listed { all, told, scope } = listed;
+    let asked = |disk: &Disk| told.as_ref().is_none_or(|told| told.contains(&disk.id));
+    let disks = chain::list(all, scope).into_iter();
+    DisksResult {
+        disks: disks
+            .filter(|(disk, _)| asked(disk))
+            .map(|(disk, entries)| DiskCheckpoints {
+                disk: disk.id.clone(),
+                size: disk.size,
+                tracking: to_tracking(disk),
+                checkpoints: entries.iter().map(|entry| to_entry(disk, entry)).collect(),
+            })
+            .collect(),
+    }
+}
+
+fn to_repaired_disk(report: &Report, repaired: &Repaired, scope: &Scope) -> RepairedDisk {
+    let (mut usable, mut foreign) = (Vec::new(), Vec::new());
+    let gone = repaired.lost.iter();
+    let mut lost: Vec<_> = gone
+        .map(|checkpoint| of_checkpoint(checkpoint, Health::Inconsistent))
+        .collect();
+    for entry in report.entries(repaired, scope) {
+        match &entry {
+            Entry::Foreign(bitmap) => foreign.push(bitmap.name.clone()),
+            Entry::Ours(found) if found.health == EngineHealth::Usable => {
+                usable.push(found.checkpoint.name.to_string());
+            }
+            _ => {
+                let info = to_entry(&repaired.disk, &entry);
+                // What was removed just now is missing too.
+                if !lost
+                    .iter()
+                    .any(|known| known.checkpoint == info.checkpoint && known.chain == info.chain)
+                {
+                    lost.push(info);
+                }
+            }
+        }
+    }
+    RepairedDisk {
+        disk: repaired.disk.id.clone(),
+        removed: repaired.removed.clone(),
+        lost,
+        usable,
+        foreign,
+        leftovers: repaired.leftovers.clone(),
+    }
+}
+
+pub(crate) fn to_repaired(report: &Report, scope: &Scope) -> RepairResult {
+    let disks = report.disks.iter();
+    RepairResult {
+        disks: disks
+            .map(|repaired| to_repaired_disk(report, repaired, scope))
+            .collect(),
+        open_backups: report.open.clone(),
+    }
+}
