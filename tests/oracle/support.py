@@ -153,8 +153,19 @@ class Rig(Places):
 
     def checkpoints(self, plugin):
         """The names of each disk's checkpoints."""
-        found = plugin.call("vm.inspect", {"monitor": self.monitor}, SECONDS)["disks"]
-        return {disk["disk"]: [each["checkpoint"] for each in disk["checkpoints"]] for disk in found}
+        return {disk: list(found) for disk, found in self.health(plugin).items()}
+
+    def health(self, plugin, **params):
+        """The health of each disk's checkpoints, by their names; not of what is missing or foreign."""
+        result = plugin.call("checkpoint.list", {"monitor": self.monitor, **params}, SECONDS)
+        return {
+            disk["disk"]: {
+                each["checkpoint"]: each["health"]
+                for each in disk["checkpoints"]
+                if each["health"] not in ("missing", "foreign")
+            }
+            for disk in result["disks"]
+        }
 
     def close(self):
         self.machine.close()

@@ -106,19 +106,21 @@ class Discovery(support.Test):
         io(rig.qmp, device, "write -P 3 1M 64K")
         before = self.bitmaps(rig)
         with rig.plugin() as plugin:
-            found = {disk["disk"]: disk for disk in self.inspect_with(plugin, rig)}["system"]
-            self.assertEqual({"theirs", "libvirt-1", "qemu-fleece"}, set(found["foreign_bitmaps"]))
-            self.assertEqual([], found["checkpoints"])
+            theirs = {"theirs": "foreign", "libvirt-1": "foreign", "qemu-fleece": "foreign"}
+            self.assertEqual(theirs, self.listed(plugin, rig))
             for base, name in ((None, "one-x"), ("one-x", "two-x")):
                 backup = Backup(plugin, rig.monitor, base=base, checkpoint=name, disks=[{"disk": "system"}])
                 backup.read_all(rig)
                 backup.commit(delete_checkpoints=[base] if base else [])
             Backup(plugin, rig.monitor, base="two-x", disks=[{"disk": "system"}]).abort()
-            found = {disk["disk"]: disk for disk in self.inspect_with(plugin, rig)}["system"]
-            self.assertEqual({"theirs", "libvirt-1", "qemu-fleece"}, set(found["foreign_bitmaps"]))
-            self.assertEqual(["two-x"], [each["checkpoint"] for each in found["checkpoints"]])
+            self.assertEqual({**theirs, "two-x": "usable"}, self.listed(plugin, rig))
         after = self.bitmaps(rig)
         self.assertEqual(before, {name: after[name] for name in before})
+
+    def listed(self, plugin, rig):
+        params = {"monitor": rig.monitor, "disks": ["system"]}
+        (disk,) = plugin.call("checkpoint.list", params)["disks"]
+        return {each["checkpoint"]: each["health"] for each in disk["checkpoints"]}
 
     def inspect_with(self, plugin, rig):
         return plugin.call("vm.inspect", {"monitor": rig.monitor})["disks"]

@@ -29,6 +29,7 @@ class Fallback(support.Test):
             io(self.rig.qmp, device(disk), "write -P 1 0 8M")
         with self.rig.plugin() as plugin:
             full = self.backup(plugin, checkpoint=BASE)
+            self.ids = {disk: found["checkpoint_id"] for disk, found in full.disks.items()}
             for disk in full.disks.values():
                 self.assertEqual(("full", "full"), (disk["planned"], disk["mode"]))
                 self.assertNotIn("reason", disk)
@@ -105,10 +106,9 @@ class Fallback(support.Test):
         if others:
             Backup(plugin, **params, disks=others).abort()
 
-    def unusable(self, disk):
+    def health(self, disk):
         with self.rig.plugin() as plugin:
-            found = plugin.call("vm.inspect", {"monitor": self.rig.monitor})["disks"]
-        return next(each for each in found if each["disk"] == disk)["checkpoints"][0]["unusable"]
+            return self.rig.health(plugin)[disk][BASE]
 
     def test_no_checkpoint_of_that_name(self):
         self.falls_back({disk: "base_missing" for disk in NODES}, "never-was")
@@ -118,7 +118,7 @@ class Fallback(support.Test):
         self.quit()
         self.boot()
         self.write()
-        self.falls_back({"dev-b": "base_missing"})
+        self.falls_back({"dev-b": "bitmap_lost"})
 
     def test_qemu_is_killed(self):
         # Only what was stored once can be known to be stale.
@@ -127,9 +127,9 @@ class Fallback(support.Test):
         io(self.rig.qmp, device("dev-a"), "write -P 3 6M 64K")
         self.kill()
         self.boot()
-        self.assertEqual("base_inconsistent", self.unusable("dev-a"))
+        self.assertEqual("inconsistent", self.health("dev-a"))
         self.falls_back(
-            {"dev-a": "base_inconsistent", "dev-b": "base_missing", "dev-c": "base_inconsistent"}
+            {"dev-a": "base_inconsistent", "dev-b": "bitmap_lost", "dev-c": "base_inconsistent"}
         )
 
     def test_qemu_is_killed_before_it_stored_anything(self):
@@ -140,7 +140,7 @@ class Fallback(support.Test):
     def test_the_bitmap_does_not_record(self):
         bitmap = {"node": "c", "name": self.bitmap("c")}
         self.rig.qmp.command("block-dirty-bitmap-disable", bitmap)
-        self.assertEqual("base_not_recording", self.unusable("dev-c"))
+        self.assertEqual("not_recording", self.health("dev-c"))
         self.falls_back({"dev-c": "base_not_recording"})
 
     def test_somebody_exports_the_bitmap(self):
@@ -150,7 +150,7 @@ class Fallback(support.Test):
         self.rig.qmp.command("nbd-server-start", {"addr": {"type": "unix", "data": path}})
         export = {"type": "nbd", "id": "theirs", "node-name": "b", "bitmaps": [bitmap["name"]]}
         self.rig.qmp.command("block-export-add", export)
-        self.assertEqual("base_busy", self.unusable("dev-b"))
+        self.assertEqual("busy", self.health("dev-b"))
         with self.rig.plugin() as plugin:
             self.refused_as_busy(plugin, "dev-b")
             # Without strict it is their NBD server that is in the way.
@@ -179,11 +179,12 @@ class Fallback(support.Test):
             "blockdev-backup",
             {**slow, "sync": "bitmap", "bitmap": self.bitmap("a"), "bitmap-mode": "never"},
         )
-        # The disks have other ids here; c is incremental.
+        # The disks have other ids here: only the checkpoint's own says that c is the same.
         shutil.copy(self.rig.image("dev-c"), self.rig.image("c"))
         with self.rig.plugin() as plugin:
             self.refused_as_busy(plugin, "a")
-            backup = Backup(plugin, self.rig.monitor, base=BASE)
+            disks = [{"disk": "a"}, {"disk": "b"}, {"disk": "c", "base_id": self.ids["dev-c"]}]
+            backup = Backup(plugin, self.rig.monitor, base=BASE, disks=disks)
             backup.read_all(self.rig)
             copies = self.rig.oracle()
             found = {}
@@ -191,7 +192,7 @@ class Fallback(support.Test):
                 found[disk] = (stream.begin["mode"], stream.begin.get("reason"))
                 self.assert_equal_files(self.rig.image(disk), copies[disk], disk)
             self.assertEqual(
-                {"a": ("full", "base_busy"), "b": ("full", "base_missing"), "c": ("incremental", None)}, found
+                {"a": ("full", "base_busy"), "b": ("full", "bitmap_lost"), "c": ("incremental", None)}, found
             )
             backup.abort()
         jobs = [job for job in self.rig.qmp.command("query-jobs") if job["id"] == "theirs"]
@@ -200,7 +201,7 @@ class Fallback(support.Test):
     def test_the_disk_has_another_size(self):
         self.rig.qmp.command("block_resize", {"node-name": "a", "size": 24 * MIB})
         io(self.rig.qmp, device("dev-a"), "write -P 5 20M 64K")
-        self.assertEqual("size_changed", self.unusable("dev-a"))
+        self.assertEqual("size_changed", self.health("dev-a"))
         self.falls_back({"dev-a": "size_changed"})
 
     def test_each_disk_can_have_its_own_base(self):

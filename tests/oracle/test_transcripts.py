@@ -21,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "protocol/examples"
 PLUGIN = os.environ.get("QEMU_FLEECE", str(ROOT / "target/debug/qemu-fleece"))
 VOLATILE = {"time_ms", "duration_ms", "scratch_peak", "version", "qemu_version", "message", "our_objects"}
-IDS = {"backup", "restore"}
+IDS = {"backup", "restore", "checkpoint_id", "base_id", "id"}
 DEVICE = "/machine/peripheral/disk0/virtio-backend"
 
 
