@@ -89,6 +89,15 @@ pub enum Changes {
     Painted(String, String),
 }
 
+/// The point in time that the host says the changes are since.
+#[derive(Clone, Debug)]
+pub struct Point {
+    /// Its identity.
+    pub id: Id,
+    /// When it was; `None`: as of the checkpoint that is replaced, else now.
+    pub time_ms: Option<u64>,
+}
+
 /// One disk's checkpoint is made, or made anew, by the host's word.
 ///
 /// # Errors
@@ -97,7 +106,7 @@ pub enum Changes {
 pub fn redefine(
     disk: &Disk,
     made: &Made<'_>,
-    id: Id,
+    Point { id, time_ms }: Point,
     changes: &Changes,
     granularity: Option<u64>,
 ) -> Result<Vec<Value>> {
@@ -124,19 +133,20 @@ pub fn redefine(
             )
         }
     };
-    let newest = there.iter().map(|one| one.checkpoint.time_ms).max();
-    let checkpoint = Checkpoint {
+    let oldest = there.iter().map(|one| one.checkpoint.time_ms).min();
+    let mut checkpoint = Checkpoint {
         chain: made.chain.clone(),
         name: made.name.clone(),
         size: disk.size,
-        // The name of its bitmap differs from those that it replaces.
-        time_ms: made
-            .time_ms
-            .max(newest.map_or(0, |time| time.saturating_add(1))),
+        time_ms: time_ms.or(oldest).unwrap_or(made.time_ms),
         id: Some(id),
         owner: disk.owner.clone(),
         image: plan::own_image(disk)?,
     };
+    // The name of its bitmap must differ from those that it takes the place of.
+    while there.iter().any(|one| one.checkpoint == checkpoint) {
+        checkpoint.time_ms = checkpoint.time_ms.wrapping_add(1);
+    }
     Join {
         checkpoint,
         recording: true,
@@ -380,9 +390,12 @@ mod tests {
             name: &a,
             time_ms: 9,
         };
-        let new = Id::parse("new").unwrap();
         let painted = Changes::Painted("p".into(), "painted".into());
-        let actions = redefine(&disk, &made, new.clone(), &painted, Some(4096)).unwrap();
+        let point = |time_ms| Point {
+            id: Id::parse("new").unwrap(),
+            time_ms,
+        };
+        let actions = redefine(&disk, &made, point(None), &painted, Some(4096)).unwrap();
         assert_told(
             &actions,
             &[
@@ -393,11 +406,19 @@ mod tests {
         );
         assert_eq!(actions[0]["data"]["granularity"], 4096);
         let there = Checkpoint::from_bitmap(actions[0]["data"]["name"].as_str().unwrap()).unwrap();
-        assert_eq!((there.time_ms, there.size), (21, SIZE));
-        let recorded = redefine(&disk, &made, new.clone(), &Changes::Recorded, None).unwrap_err();
+        assert_eq!((there.time_ms, there.size), (20, SIZE));
+        let recorded = redefine(&disk, &made, point(None), &Changes::Recorded, None).unwrap_err();
         assert_eq!(recorded.kind(), Kind::CheckpointUnusable);
+        // The very same again has another name all the same.
+        let same = Point {
+            id: Id::parse("a20").unwrap(),
+            time_ms: Some(20),
+        };
+        let actions = redefine(&disk, &made, same, &painted, None).unwrap();
+        let there = Checkpoint::from_bitmap(actions[0]["data"]["name"].as_str().unwrap()).unwrap();
+        assert_eq!(there.time_ms, 21);
         for grain in [0, 512, 65537, 1 << 40] {
-            let odd = redefine(&disk, &made, new.clone(), &painted, Some(grain)).unwrap_err();
+            let odd = redefine(&disk, &made, point(None), &painted, Some(grain)).unwrap_err();
             assert_eq!(odd.kind(), Kind::InvalidRequest);
         }
     }

@@ -12,7 +12,7 @@ use crate::change::{self, Change, Made};
 use crate::checkpoint::{GRANULARITY, Id, Name};
 use crate::error::{Error, Kind, Result};
 use crate::extent::Range;
-use crate::join::{self, Changes};
+use crate::join::{self, Changes, Point};
 use crate::paint::{self, Canvas};
 use crate::plan;
 use crate::qemu::discover::{self, Disk};
@@ -152,6 +152,8 @@ pub struct Word {
     pub disk: String,
     /// The identity that the host knows the point in time by; `None`: a new one.
     pub id: Option<Id>,
+    /// When the point in time was; `None`: as of the checkpoint that is replaced, else now.
+    pub time_ms: Option<u64>,
     /// What has changed since.
     pub changed: Changed,
 }
@@ -256,8 +258,11 @@ fn actions(
                 Changes::Painted(node, bitmap)
             }
         };
-        let id = word.id.clone().unwrap_or_else(new_id);
-        actions.extend(join::redefine(disk, made, id, &changes, granularity)?);
+        let point = Point {
+            id: word.id.clone().unwrap_or_else(new_id),
+            time_ms: word.time_ms,
+        };
+        actions.extend(join::redefine(disk, made, point, &changes, granularity)?);
     }
     Ok(actions)
 }

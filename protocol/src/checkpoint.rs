@@ -93,7 +93,7 @@ pub struct CheckpointInfo {
     /// for `base_id`. None where there is no such point: `gap`, `missing`, `foreign`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// When it was made: milliseconds since 1970 UTC.
+    /// When its point in time was: milliseconds since 1970 UTC.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub time_ms: Option<u64>,
     /// Bytes changed since, in whole granules cut at the disk's end; none where it cannot be known.
@@ -221,6 +221,10 @@ pub struct RedefineDisk {
     /// The identity that the host knows the point in time by; absent: a new one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
+    /// When the point in time was: milliseconds since 1970 UTC; absent: as of the
+    /// checkpoint that is replaced, else now.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time_ms: Option<u64>,
 }
 
 /// What has changed since a point in time.

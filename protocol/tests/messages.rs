@@ -117,7 +117,7 @@ fn all_params() -> Vec<String> {
         ]),
         params::<checkpoint::RedefineParams>(&[
             json!({"monitor": "/m", "chain": "c", "checkpoint": "a", "granularity": 4096, "disks": [
-                {"disk": "d", "changed": "all"}, {"disk": "e", "changed": "recorded", "id": "i"},
+                {"disk": "d", "changed": "all"}, {"disk": "e", "changed": "recorded", "id": "i", "time_ms": 1},
                 {"disk": "f", "changed": [[0, 512], [4096, 1]]}]}),
         ]),
         params::<checkpoint::RedefineDisk>(&[json!({"disk": "d", "changed": "all"})]),

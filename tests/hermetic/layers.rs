@@ -40,9 +40,13 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
     (
         &[
             "src/plan.rs",
+            "src/chain.rs",
+            "src/change.rs",
+            "src/join.rs",
             "src/checkpoint.rs",
             "src/extent.rs",
             "src/qemu/step.rs",
+            "src/qemu/layer.rs",
             "src/qemu/line.rs",
             "src/nbd/wire.rs",
             "src/nbd/reply.rs",
@@ -70,6 +74,13 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
     (
         &[
             "src/plan.rs",
+            "src/chain.rs",
+            "src/change.rs",
+            "src/join.rs",
+            "src/manage.rs",
+            "src/repair.rs",
+            "src/estimate.rs",
+            "src/paint.rs",
             "src/view.rs",
             "src/pull.rs",
             "src/scratch.rs",
@@ -92,6 +103,12 @@ const LONG: &[(&str, &str)] = &[
         "src/session.rs",
         "one session from begin to end, with its diagram",
     ),
+    (
+        "src/chain.rs",
+        "what bitmaps say of checkpoints, with its tests",
+    ),
+    ("src/change.rs", "one function a method, with their tests"),
+    ("src/join.rs", "merge and redefine, with their tests"),
     (
         "src/nbd/client.rs",
         "one connection: the surface of the NBD client and its checks",

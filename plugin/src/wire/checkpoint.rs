@@ -40,6 +40,7 @@ pub(crate) fn from_word(word: RedefineDisk) -> Result<Word, WireError> {
     };
     Ok(Word {
         id: word.id.as_deref().map(from_id).transpose()?,
+        time_ms: word.time_ms,
         changed,
         disk: word.disk,
     })
