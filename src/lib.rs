@@ -18,6 +18,7 @@ pub mod paint;
 pub mod plan;
 pub mod pull;
 pub mod qemu;
+pub mod redefine;
 pub mod repair;
 pub mod restore;
 pub mod scratch;

@@ -4,21 +4,17 @@
 //! What is planned by the first look may be out of date when the transaction comes;
 //! QEMU then refuses it as a whole, and nothing has changed.
 
-use std::path::Path;
 use std::time::Duration;
 
 use crate::chain::Scope;
 use crate::change::{self, Change, Made};
-use crate::checkpoint::{GRANULARITY, Id, Name};
-use crate::error::{Error, Kind, Result};
-use crate::extent::Range;
-use crate::join::{self, Changes, Point};
-use crate::paint::{self, Canvas};
+use crate::checkpoint::Name;
+use crate::error::Result;
+use crate::join;
 use crate::plan;
 use crate::qemu::discover::{self, Disk};
 use crate::qemu::{Qmp, step};
 use crate::session::{new_id, now_ms};
-use crate::teardown::Teardown;
 
 /// How long the transaction may take: it waits for guest I/O that is under way.
 const TRANSACTION_DEADLINE: Duration = Duration::from_secs(60);
@@ -53,7 +49,8 @@ pub struct Listed {
 /// Looks.
 ///
 /// # Errors
-/// [`Kind::UnknownDisk`], [`Kind::InvalidRequest`]; QEMU's, the monitor's.
+/// [`UnknownDisk`](crate::Kind::UnknownDisk), [`InvalidRequest`](crate::Kind::InvalidRequest);
+/// QEMU's, the monitor's.
 pub async fn list(qmp: &Qmp, disks: Option<Vec<String>>, scope: Scope) -> Result<Listed> {
     let all = discover::disks(qmp).await?;
     if let Some(disks) = &disks {
@@ -71,7 +68,8 @@ pub async fn list(qmp: &Qmp, disks: Option<Vec<String>>, scope: Scope) -> Result
 ///
 /// # Errors
 /// Those of [`change::create`]; QEMU's and the monitor's: nothing has changed, unless
-/// it was [`Kind::MonitorClosed`] or [`Kind::QemuTimeout`].
+/// it was [`MonitorClosed`](crate::Kind::MonitorClosed) or
+/// [`QemuTimeout`](crate::Kind::QemuTimeout).
 pub async fn create(
     qmp: &Qmp,
     subject: &Subject,
@@ -145,129 +143,7 @@ pub async fn merge(
     apply(qmp, subject, name, change).await
 }
 
-/// What the host says of a disk.
-#[derive(Clone, Debug)]
-pub struct Word {
-    /// The disk.
-    pub disk: String,
-    /// The identity that the host knows the point in time by; `None`: a new one.
-    pub id: Option<Id>,
-    /// When the point in time was; `None`: as of the checkpoint that is replaced, else now.
-    pub time_ms: Option<u64>,
-    /// What has changed since.
-    pub changed: Changed,
-}
-
-/// What has changed on a disk.
-#[derive(Clone, Debug)]
-pub enum Changed {
-    /// Everything.
-    All,
-    /// What its bitmaps of that name hold.
-    Recorded,
-    /// These ranges.
-    Ranges(Vec<Range>),
-}
-
-/// Makes a checkpoint of the host's word. Ranges are written to nodes that keep
-/// nothing but their dirty bitmaps, which become the checkpoint's.
-///
-/// # Errors
-/// Those of [`join::redefine`] and [`paint::paint`]; as [`create`]. With
-/// [`Error::leftovers`] where something could not be taken away again.
-pub async fn redefine(
-    qmp: &Qmp,
-    chain: &Name,
-    name: &Name,
-    words: &[Word],
-    granularity: Option<u64>,
-    runtime_dir: &Path,
-) -> Result<Listed> {
-    let disks = discover::disks(qmp).await?;
-    let ids: Vec<&str> = words.iter().map(|word| word.disk.as_str()).collect();
-    let chosen = plan::choose(&disks, Some(&ids), Disk::is_trackable)?;
-    if chosen.is_empty() {
-        return Err(
-            Error::new(Kind::InvalidRequest, "choosing the disks").because("there are none")
-        );
-    }
-    let subject = Subject {
-        chain: chain.clone(),
-        disks: Some(words.iter().map(|word| word.disk.clone()).collect()),
-    };
-    let mut teardown = Teardown::default();
-    let done = async {
-        let pairs: Vec<(&Disk, &Word)> = chosen.into_iter().zip(words).collect();
-        let canvas = |(disk, word): &(&Disk, &Word)| {
-            let ranges = match &word.changed {
-                Changed::Recorded => return None,
-                Changed::All => Vec::from_iter((disk.size > 0).then_some(0..disk.size)),
-                Changed::Ranges(ranges) => ranges.clone(),
-            };
-            Some(Canvas {
-                disk: disk.id.clone(),
-                size: disk.size,
-                granularity: granularity.unwrap_or(GRANULARITY),
-                ranges,
-            })
-        };
-        let canvases: Vec<Canvas> = pairs.iter().filter_map(canvas).collect();
-        // Before anything is made: what can be refused is refused.
-        let planned = actions(
-            &pairs,
-            &made(&subject, name),
-            granularity,
-            &mut std::iter::empty(),
-        )?;
-        drop(planned);
-        let mut painted = paint::paint(qmp, &canvases, runtime_dir, &mut teardown)
-            .await?
-            .into_iter();
-        let actions = actions(&pairs, &made(&subject, name), granularity, &mut painted)?;
-        let change = Change {
-            disks: subject.disks.clone().unwrap_or_default(),
-            actions,
-        };
-        apply(qmp, &subject, name, change).await
-    };
-    let done = done.await;
-    let leftovers = teardown.run(qmp).await;
-    match done {
-        Ok(listed) => {
-            for leftover in leftovers {
-                tracing::warn!(leftover, "left behind by a redefinition");
-            }
-            Ok(listed)
-        }
-        Err(error) => Err(error.leaving(leftovers)),
-    }
-}
-
-fn actions(
-    pairs: &[(&Disk, &Word)],
-    made: &Made<'_>,
-    granularity: Option<u64>,
-    painted: &mut dyn Iterator<Item = (String, String)>,
-) -> Result<Vec<serde_json::Value>> {
-    let mut actions = Vec::new();
-    for (disk, word) in pairs {
-        let changes = match &word.changed {
-            Changed::Recorded => Changes::Recorded,
-            Changed::All | Changed::Ranges(_) => {
-                let (node, bitmap) = painted.next().unwrap_or_default();
-                Changes::Painted(node, bitmap)
-            }
-        };
-        let point = Point {
-            id: word.id.clone().unwrap_or_else(new_id),
-            time_ms: word.time_ms,
-        };
-        actions.extend(join::redefine(disk, made, point, &changes, granularity)?);
-    }
-    Ok(actions)
-}
-
-fn made<'a>(subject: &'a Subject, name: &'a Name) -> Made<'a> {
+pub(crate) fn made<'a>(subject: &'a Subject, name: &'a Name) -> Made<'a> {
     Made {
         chain: &subject.chain,
         name,
@@ -275,7 +151,13 @@ fn made<'a>(subject: &'a Subject, name: &'a Name) -> Made<'a> {
     }
 }
 
-async fn apply(qmp: &Qmp, subject: &Subject, name: &Name, change: Change) -> Result<Listed> {
+/// Does it, and looks again.
+pub(crate) async fn apply(
+    qmp: &Qmp,
+    subject: &Subject,
+    name: &Name,
+    change: Change,
+) -> Result<Listed> {
     transact(qmp, change.actions).await?;
     let scope = Scope {
         chain: Some(subject.chain.clone()),

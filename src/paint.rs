@@ -14,7 +14,6 @@ use crate::nbd::{Address, Client};
 use crate::qemu::Qmp;
 use crate::qemu::step::{self, Names};
 use crate::server;
-use crate::session::random_id;
 use crate::teardown::{Teardown, Undo};
 
 /// Longest range of one request: fits compact headers.
@@ -27,11 +26,13 @@ const WRITES: usize = 16;
 const NBD_DEADLINE: Duration = Duration::from_secs(60);
 
 /// The bitmap's name on its node.
-const BITMAP: &str = "painted";
+pub const BITMAP: &str = "painted";
 
 /// A bitmap to be made.
 #[derive(Clone, Debug)]
 pub struct Canvas {
+    /// The names of its objects, of the session that is given to [`paint`].
+    pub names: Names,
     /// The disk that it is for.
     pub disk: String,
     /// The disk's bytes.
@@ -42,33 +43,30 @@ pub struct Canvas {
     pub ranges: Vec<Range>,
 }
 
-/// Makes the bitmaps, in this order, as (node, name). They live until `teardown` runs.
+/// Makes the bitmaps [`BITMAP`] on nodes [`Names::canvas`]. They live until `teardown` runs.
 ///
 /// # Errors
 /// [`Kind::InvalidRequest`] for a range that is empty, or ends behind the disk's end;
 /// [`Kind::NbdServerBusy`]; QEMU's and NBD's.
 pub async fn paint(
     qmp: &Qmp,
+    session: &str,
     canvases: &[Canvas],
     runtime_dir: &Path,
     teardown: &mut Teardown,
-) -> Result<Vec<(String, String)>> {
+) -> Result<()> {
     for canvas in canvases {
         check(canvas)?;
     }
     if canvases.is_empty() {
-        return Ok(Vec::new());
+        return Ok(());
     }
-    let session = random_id();
-    let address = server::start(qmp, &session, runtime_dir, canvases.len(), teardown).await?;
-    let mut painted = Vec::new();
-    for (index, canvas) in canvases.iter().enumerate() {
-        let names = Names::new(&session, index);
-        let done = paint_one(qmp, canvas, &names, &address, teardown).await;
-        done.map_err(|error| error.on_disk(canvas.disk.clone()))?;
-        painted.push((names.canvas(), BITMAP.to_owned()));
+    let address = server::start(qmp, session, runtime_dir, canvases.len(), teardown).await?;
+    for canvas in canvases {
+        let painted = paint_one(qmp, canvas, &address, teardown).await;
+        painted.map_err(|error| error.on_disk(canvas.disk.clone()))?;
     }
-    Ok(painted)
+    Ok(())
 }
 
 fn check(canvas: &Canvas) -> Result<()> {
@@ -91,10 +89,10 @@ fn check(canvas: &Canvas) -> Result<()> {
 async fn paint_one(
     qmp: &Qmp,
     canvas: &Canvas,
-    names: &Names,
     address: &Address,
     teardown: &mut Teardown,
 ) -> Result<()> {
+    let names = &canvas.names;
     teardown.push(Undo::Node {
         node: names.canvas(),
     });

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use qemu_fleece_engine::chain::Scope;
 use qemu_fleece_engine::manage::{self, Subject};
-use qemu_fleece_engine::{Result, estimate, repair};
+use qemu_fleece_engine::{Result, estimate, redefine, repair};
 use qemu_fleece_protocol::backup::{EstimateParams, EstimateResult};
 use qemu_fleece_protocol::checkpoint::{
     CreateParams, DeleteParams, DeleteResult, ListParams, MergeParams, RedefineParams,
@@ -128,7 +128,7 @@ fn redefine(server: &mut Server, id: &Id, params: RedefineParams) -> Started {
     run(server, id, params.monitor, move |monitor| async move {
         let grain = params.granularity;
         let redefined =
-            manage::redefine(&monitor.qmp, &chain, &name, &words, grain, &runtime_dir).await?;
+            redefine::redefine(&monitor.qmp, &chain, &name, &words, grain, &runtime_dir).await?;
         Ok(wire::checkpoint::to_listed(&redefined))
     })
 }

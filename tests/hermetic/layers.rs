@@ -81,6 +81,7 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
             "src/repair.rs",
             "src/estimate.rs",
             "src/paint.rs",
+            "src/redefine.rs",
             "src/view.rs",
             "src/pull.rs",
             "src/scratch.rs",

@@ -2,9 +2,10 @@
 
 use qemu_fleece_engine::chain::{self, Entry, Found, Scope};
 use qemu_fleece_engine::checkpoint::{Checkpoint, Health as EngineHealth};
-use qemu_fleece_engine::manage::{self, Listed, Word};
+use qemu_fleece_engine::manage::Listed;
 use qemu_fleece_engine::qemu::discover::Disk;
 use qemu_fleece_engine::qemu::layer::Bitmap;
+use qemu_fleece_engine::redefine::{self, Word};
 use qemu_fleece_engine::repair::{Repaired, Report};
 use qemu_fleece_protocol::checkpoint::{
     Changed, ChangedWord, CheckpointInfo, DiskCheckpoints, DisksResult, Health, RedefineDisk,
@@ -22,8 +23,8 @@ pub(crate) fn from_word(word: RedefineDisk) -> Result<Word, WireError> {
         error
     };
     let changed = match &word.changed {
-        Changed::Word(ChangedWord::All) => manage::Changed::All,
-        Changed::Word(ChangedWord::Recorded) => manage::Changed::Recorded,
+        Changed::Word(ChangedWord::All) => redefine::Changed::All,
+        Changed::Word(ChangedWord::Recorded) => redefine::Changed::Recorded,
         Changed::Extents(extents) if extents.len() > MAX_EXTENTS => {
             return Err(invalid(format!("there are more than {MAX_EXTENTS} ranges")));
         }
@@ -35,7 +36,7 @@ pub(crate) fn from_word(word: RedefineDisk) -> Result<Word, WireError> {
                 Ok(*offset..end?)
             };
             let ranges = extents.iter().map(range).collect::<Result<_, WireError>>();
-            manage::Changed::Ranges(ranges?)
+            redefine::Changed::Ranges(ranges?)
         }
     };
     Ok(Word {
