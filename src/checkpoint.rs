@@ -26,8 +26,12 @@ const FORM: &str = "1";
 /// Stands for an [`Id`] where a checkpoint has none.
 const NO_ID: &str = "-";
 
-/// Longest name of a checkpoint or a chain, in bytes.
-pub const MAX_NAME_BYTES: usize = 128;
+/// Longest name of a checkpoint or a chain, in bytes. The bitmap's name has both, and
+/// QEMU migrates none that is longer than [`MAX_BITMAP_BYTES`].
+pub const MAX_NAME_BYTES: usize = 64;
+
+/// Longest name of a bitmap, in bytes: with a longer one a migration of the VM fails.
+pub const MAX_BITMAP_BYTES: usize = 255;
 
 /// Longest [`Id`], in bytes.
 pub const MAX_ID_BYTES: usize = 32;
@@ -279,7 +283,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    const NAME: &str = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}";
+    const NAME: &str = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}";
 
     proptest! {
         #[test]
@@ -297,7 +301,7 @@ mod tests {
                 image: Mark::of(&[&file]),
             };
             let bitmap = checkpoint.bitmap();
-            prop_assert!(bitmap.len() < 1023, "QEMU's limit for a persistent bitmap's name");
+            prop_assert!(bitmap.len() <= MAX_BITMAP_BYTES);
             prop_assert_eq!(Checkpoint::from_bitmap(&bitmap), Some(checkpoint));
         }
 
@@ -311,7 +315,7 @@ mod tests {
 
     #[test]
     fn odd_names_are_refused() {
-        for name in ["", ".x", "-x", "a/b", "a b", "ä", "a\n", &"x".repeat(129)] {
+        for name in ["", ".x", "-x", "a/b", "a b", "ä", "a\n", &"x".repeat(65)] {
             assert_eq!(
                 Name::parse(name).unwrap_err().kind(),
                 Kind::InvalidRequest,

@@ -30,7 +30,7 @@ pub const MAX_PAYLOAD_BYTES: u64 = 1024 * 1024;
 pub const MAX_REQUESTS: usize = 32;
 
 /// Longest name of a checkpoint, or of a chain.
-pub const MAX_NAME_BYTES: usize = 128;
+pub const MAX_NAME_BYTES: usize = 64;
 
 /// Most checkpoints of ours on one disk, those of all chains together.
 pub const MAX_CHECKPOINTS: usize = 128;

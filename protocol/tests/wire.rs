@@ -67,13 +67,13 @@ fn the_specification_tells_the_limits_that_hold() {
             MAX_CHECKPOINTS,
             MAX_EXTENTS
         ),
-        (16 << 20, 1 << 20, 32, 128, 128, 262_144)
+        (16 << 20, 1 << 20, 32, 64, 128, 262_144)
     );
     for text in [
         "`max_line_bytes` (16 MiB)",
         "`max_payload_bytes` (1 MiB)",
         "`max_requests` (32)",
-        "`max_name_bytes` (128)",
+        "`max_name_bytes` (64)",
         "`max_checkpoints` (128)",
         "`max_extents` (262144)",
     ] {
