@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 
 use serde_json::Value;
 
-use crate::chain::{self, Entry, Scope};
+use crate::chain::Scope;
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::plan;
@@ -21,12 +21,10 @@ use crate::qemu::{Qmp, query, step};
 /// What has become of a disk.
 #[derive(Clone, Debug)]
 pub struct Repaired {
-    /// The disk, as it is now.
-    pub disk: Disk,
+    /// Its id.
+    pub disk: String,
     /// Bitmaps that were removed.
     pub removed: Vec<String>,
-    /// Of these, the checkpoints.
-    pub lost: Vec<Checkpoint>,
     /// Bitmaps that should have gone, with the reason why they are still there.
     pub leftovers: Vec<String>,
 }
@@ -34,22 +32,12 @@ pub struct Repaired {
 /// What there was to repair.
 #[derive(Clone, Debug)]
 pub struct Report {
+    /// All disks, as they were: what was removed is told with them.
+    pub before: Vec<Disk>,
     /// The disks that were asked for.
     pub disks: Vec<Repaired>,
-    /// All disks, as they are now.
-    pub all: Vec<Disk>,
     /// Sessions that are open in QEMU.
     pub open: Vec<String>,
-}
-
-impl Report {
-    /// What a disk has of the scope now, and what it lacks, also of other disks'.
-    #[must_use]
-    pub fn entries(&self, repaired: &Repaired, scope: &Scope) -> Vec<Entry<'_>> {
-        let listed = chain::list(&self.all, scope).into_iter();
-        let mut this = listed.filter(|(disk, _)| disk.id == repaired.disk.id);
-        this.next().map(|(_, entries)| entries).unwrap_or_default()
-    }
 }
 
 /// Repairs the checkpoints of a scope on these disks (`None`: all).
@@ -73,12 +61,15 @@ pub async fn repair(qmp: &Qmp, ids: Option<&[String]>, scope: &Scope) -> Result<
     }
     let failed = remove(qmp, &removals).await?;
     let all = discover::disks(qmp).await?;
-    let disks = chosen.iter().filter_map(|disk| {
-        let now = all.iter().find(|other| other.id == disk.id)?;
+    let disks = chosen.iter().map(|disk| {
+        let now = all.iter().find(|other| other.id == disk.id);
+        let is_there = |name: &str| {
+            now.is_some_and(|now| now.bitmaps().iter().any(|bitmap| bitmap.name == name))
+        };
         let mine = removals.iter().filter(|(of, _)| of.id == disk.id);
-        let (gone, left): (Vec<&Bitmap>, Vec<&Bitmap>) = mine
+        let (left, gone): (Vec<&Bitmap>, Vec<&Bitmap>) = mine
             .map(|(_, bitmap)| *bitmap)
-            .partition(|bitmap| !now.bitmaps().iter().any(|other| other.name == bitmap.name));
+            .partition(|bitmap| is_there(&bitmap.name));
         let why = |bitmap: &&Bitmap| {
             let failure = failed
                 .iter()
@@ -86,20 +77,16 @@ pub async fn repair(qmp: &Qmp, ids: Option<&[String]>, scope: &Scope) -> Result<
             let why = failure.map_or("it is still there", |(_, _, why)| why);
             format!("{}: {why}", bitmap.name)
         };
-        Some(Repaired {
-            disk: now.clone(),
-            lost: gone
-                .iter()
-                .filter_map(|bitmap| Checkpoint::from_bitmap(&bitmap.name))
-                .collect(),
+        Repaired {
+            disk: disk.id.clone(),
             removed: gone.iter().map(|bitmap| bitmap.name.clone()).collect(),
             leftovers: left.iter().map(why).collect(),
-        })
+        }
     });
     Ok(Report {
         disks: disks.collect(),
         open: open.into_iter().collect(),
-        all: all.clone(),
+        before: before.clone(),
     })
 }
 

@@ -3,6 +3,7 @@ import concurrent.futures
 import os
 import time
 
+from . import checkpoints
 from .plugin import PluginError, PluginGone
 from .stream import MAX_DATA_BYTES, Checker, Damage, StreamFailed, write_record
 
@@ -84,13 +85,15 @@ def run(plugin, store, options, progress):
     """Makes one backup in the locked store and commits it; returns its manifest."""
     vm = plugin.call("vm.inspect", {"monitor": options.monitor})
     store.claim({"name": vm.get("name"), "uuid": vm.get("uuid")})
-    bases = choose_bases(store, vm, options)
+    # Each store is a chain of its own: others may back the same VM up.
+    chain = store.identity()["id"]
+    known = checkpoints.of_disks(plugin, options.monitor, chain)
+    bases = choose_bases(store, vm, known, options)
     new = store.new()
     try:
-        request = {"monitor": options.monitor, "checkpoint": new.checkpoint,
+        request = {"monitor": options.monitor, "chain": chain, "checkpoint": new.checkpoint,
                    "strict": options.strict,
-                   "disks": [{"disk": disk, "base": base.checkpoint if base else None}
-                             for disk, base in bases.items()]}
+                   "disks": [choice(disk, base) for disk, base in bases.items()]}
         if options.scratch_dir:
             request["scratch_dir"] = os.path.abspath(options.scratch_dir)
         began = plugin.call("backup.begin", request)
@@ -106,11 +109,33 @@ def run(plugin, store, options, progress):
     except BaseException:
         new.discard()
         raise
-    commit(plugin, began["backup"], superseded(store, vm, new, bases), progress)
+    commit(plugin, began["backup"], superseded(store, known, new, bases), progress)
     return manifest
 
 
-def choose_bases(store, vm, options):
+def estimate(plugin, store, options):
+    """What the next backup would be and read, per disk."""
+    vm = plugin.call("vm.inspect", {"monitor": options.monitor})
+    chain = store.identity()["id"]
+    known = checkpoints.of_disks(plugin, options.monitor, chain)
+    bases = choose_bases(store, vm, known, options)
+    request = {"monitor": options.monitor, "chain": chain,
+               "disks": [choice(disk, base) for disk, base in bases.items()]}
+    return plugin.call("backup.estimate", request)["disks"]
+
+
+def choice(disk, base):
+    """A disk of a request: its base, and which point in time that is."""
+    if base is None:
+        return {"disk": disk, "base": None}
+    chosen = {"disk": disk, "base": base.checkpoint}
+    # A base of the same name that is another point in time would make a wrong increment.
+    if base.disks[disk].get("checkpoint_id"):
+        chosen["base_id"] = base.disks[disk]["checkpoint_id"]
+    return chosen
+
+
+def choose_bases(store, vm, known, options):
     """{disk: the stored backup to build on, or None for a full}."""
     can = {disk["disk"]: disk for disk in vm["disks"]}
     wanted = options.disks
@@ -122,7 +147,7 @@ def choose_bases(store, vm, options):
                                % (name, ", ".join(can) or "none"))
     if not wanted:
         raise BackupFailed("the VM has no disk that can be backed up")
-    return {name: None if options.full else store.base_for(name, can[name]["checkpoints"])
+    return {name: None if options.full else store.base_for(name, known.get(name, []))
             for name in wanted}
 
 
@@ -200,25 +225,24 @@ def entry(sink, reply, base, new):
         "planned": planned.get("planned"), "reason": planned.get("reason"),
         "base": base.name if incremental else None,
         "base_checkpoint": base.checkpoint if incremental else None,
+        "checkpoint_id": planned.get("checkpoint_id"),
         "file": new.stream_file(planned["disk"]),
     }, **sums)
 
 
-def superseded(store, vm, new, bases):
-    """This store's checkpoints in the VM that no later backup needs, once `new` is there.
+def superseded(store, known, new, bases):
+    """The checkpoints in the VM that no later backup needs, once `new` is there.
 
-    One that a disk outside of this backup builds on stays. Those of other
-    hosts are not ours to delete.
+    One that a disk outside of this backup builds on stays.
     """
-    ours = store.identity()["id"] + "-"
     needed = {new.checkpoint}
     found = set()
-    for disk in vm["disks"]:
-        names = {each["checkpoint"] for each in disk["checkpoints"]}
-        if disk["disk"] in bases:
-            found |= {name for name in names if name.startswith(ours)}
+    for disk, there in known.items():
+        if disk in bases:
+            found |= {each["checkpoint"] for each in there
+                      if each["health"] not in ("missing", "foreign")}
         else:
-            base = store.base_for(disk["disk"], disk["checkpoints"])
+            base = store.base_for(disk, there)
             needed |= {base.checkpoint} if base else set()
     return sorted(found - needed)
 

@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 
-from . import VERSION, backup, report, restore, verify
+from . import VERSION, backup, checkpoints, report, restore, verify
 from .plugin import Plugin, PluginError, PluginGone
 from .store import Store, StoreError
 from .stream import Damage, StreamFailed
@@ -50,6 +50,20 @@ def parser():
     make.add_argument("--scratch-dir", metavar="DIR",
                       help="where the plugin keeps old data of blocks that the guest overwrites")
 
+    ask = commands.add_parser("estimate", parents=[asks], help="what the next backup would read")
+    ask.add_argument("--qmp", required=True, metavar="SOCKET")
+    ask.add_argument("--to", required=True, metavar="DIR")
+    ask.add_argument("--disk", action="append", metavar="ID")
+    ask.add_argument("--full", action="store_true")
+
+    for name, about in (("checkpoints", "what the VM remembers, and whether it is still a base"),
+                        ("repair", "remove checkpoints that a crash has left useless")):
+        look = commands.add_parser(name, parents=[asks], help=about)
+        look.add_argument("--qmp", required=True, metavar="SOCKET")
+        whose = look.add_mutually_exclusive_group(required=True)
+        whose.add_argument("--to", metavar="DIR", help="those of this directory's backups")
+        whose.add_argument("--all", action="store_true", help="those of every host")
+
     show = commands.add_parser("list", help="what is stored")
     show.add_argument("dir", metavar="DIR")
 
@@ -69,7 +83,8 @@ def parser():
 def main(arguments=None):
     """Runs one command; returns the exit status."""
     options = parser().parse_args(arguments)
-    command = {"backup": do_backup, "list": do_list, "restore": do_restore, "verify": do_verify}
+    command = {"backup": do_backup, "checkpoints": do_checkpoints, "estimate": do_estimate,
+               "list": do_list, "repair": do_repair, "restore": do_restore, "verify": do_verify}
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
@@ -84,10 +99,8 @@ def main(arguments=None):
 
 def do_backup(options):
     progress = report.Progress()
-    wanted = backup.Options(options.qmp, options.disk, options.full, options.strict,
+    wanted = backup.Options(_monitor(options), options.disk, options.full, options.strict,
                             options.scratch_dir)
-    if not options.qmp.startswith(("unix:", "tcp:")):
-        wanted.monitor = os.path.abspath(options.qmp)
     store = Store(options.to)
     with store.locked():
         plugin = _plugin(options, progress.notice)
@@ -103,6 +116,27 @@ def do_backup(options):
             for name in store.prune(options.keep):
                 print("removed %s" % name)
     return 0
+
+
+def do_estimate(options):
+    wanted = backup.Options(_monitor(options), options.disk, options.full)
+    with _plugin(options) as plugin:
+        print(report.estimate_table(backup.estimate(plugin, Store(options.to), wanted)))
+    return 0
+
+
+def do_checkpoints(options):
+    with _plugin(options) as plugin:
+        print(report.checkpoint_table(checkpoints.listed(plugin, _monitor(options), _chain(options))))
+    return 0
+
+
+def do_repair(options):
+    with _plugin(options) as plugin:
+        answer = checkpoints.repaired(plugin, _monitor(options), _chain(options))
+    for line in report.repair_lines(answer):
+        print(line)
+    return 1 if any(disk["leftovers"] for disk in answer["disks"]) else 0
 
 
 def do_list(options):
@@ -132,6 +166,16 @@ def do_verify(options):
     streams, problems = verify.run(Store(options.dir), print)
     print("%d streams, %d problems" % (streams, problems))
     return 1 if problems else 0
+
+
+def _monitor(options):
+    if options.qmp.startswith(("unix:", "tcp:")):
+        return options.qmp
+    return os.path.abspath(options.qmp)
+
+
+def _chain(options):
+    return None if options.all else Store(options.to).identity()["id"]
 
 
 def _plugin(options, on_notice=None):

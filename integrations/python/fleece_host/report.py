@@ -106,11 +106,57 @@ def why_full(entry):
         "no base" if entry.get("planned") == "full" else "not said")
 
 
+def checkpoint_table(disks):
+    """What the VM remembers, a checkpoint of a disk a line."""
+    rows = []
+    for disk in disks:
+        for each in disk["checkpoints"]:
+            when = "-" if each.get("time_ms") is None else local_time(each["time_ms"])
+            rows.append([disk["disk"], each["checkpoint"], each.get("chain") or "-", each["health"],
+                         when, _size_or_dash(each.get("dirty_bytes")),
+                         _size_or_dash(each.get("memory_bytes"))])
+    return table(["disk", "checkpoint", "chain", "health", "time", "changed", "memory"], rows)
+
+
+def estimate_table(disks):
+    """What the next backup would be, a disk a line."""
+    return table(
+        ["disk", "size", "mode", "why full", "reads"],
+        [[each["disk"], size(each["size"]), each["mode"], why_full(each), size(each["read_bytes"])]
+         for each in disks])
+
+
+def repair_lines(answer):
+    """What was repaired and what is left, for each disk; then what is still open."""
+    for disk in answer["disks"]:
+        for what in ("removed", "leftovers", "usable", "foreign"):
+            for name in disk[what]:
+                yield "%s: %s: %s" % (disk["disk"], REPAIRED[what], name)
+        for each in disk["lost"]:
+            yield "%s: no base, the next backup from it is full: %s (%s)" % (
+                disk["disk"], each["checkpoint"], each["health"])
+    for backup in answer["open_backups"]:
+        yield "a backup is open in QEMU: %s" % backup
+
+
+REPAIRED = {"removed": "removed", "leftovers": "could not be removed", "usable": "still a base",
+            "foreign": "somebody else's, untouched"}
+
+
+def _size_or_dash(count):
+    return "-" if count is None else size(count)
+
+
+def local_time(time_ms):
+    """A time for people."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_ms / 1000))
+
+
 def store_table(backups):
     """A store's backups, a disk a line."""
     rows = []
     for backup in backups:
-        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(backup.manifest["time_ms"] / 1000))
+        when = local_time(backup.manifest["time_ms"])
         for each in backup.manifest["disks"]:
             rows.append([backup.name, when, each["disk"], each["mode"], size(each["size"]),
                          size(each["stored_bytes"]), each["base"] or "-"])

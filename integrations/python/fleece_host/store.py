@@ -103,7 +103,7 @@ class Store:
         return os.path.join(self.path, "store.json")
 
     def identity(self):
-        """{format, id, vm}. Checkpoints whose name starts with the id are this store's."""
+        """{format, id, vm}. The id is the chain of this store's checkpoints."""
         try:
             identity = _read_json(self._identity_path())
             if identity["format"] == FORMAT and identity["id"] and identity["vm"] is not None:
@@ -180,10 +180,10 @@ class Store:
         """The backup that the next one of a disk can build on, or None.
 
         That is the newest whole one whose checkpoint the VM still has in a
-        usable state (`checkpoints`, of `vm.inspect`). Is there none, the newest
+        usable state (`checkpoints`, of `checkpoint.list`). Is there none, the newest
         whole one: the plugin then says why the disk became full.
         """
-        usable = {each["checkpoint"] for each in checkpoints if not each.get("unusable")}
+        usable = {each["checkpoint"] for each in checkpoints if each["health"] == "usable"}
         newest_first = self.backups()[::-1]
         at_vm = (backup for backup in newest_first if backup.checkpoint in usable)
         for candidates in (at_vm, newest_first):
@@ -204,7 +204,7 @@ class Store:
         numbers = [_number(name) for name in self.folders()]
         name = "%06d-%s" % (max(numbers, default=0) + 1,
                             time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()))
-        return NewBackup(self.path, name, "%s-%s" % (self.identity()["id"], name))
+        return NewBackup(self.path, name)
 
     def prune(self, keep):
         """Removes all but the newest `keep` backups of each disk and what they are based on.
@@ -229,9 +229,8 @@ class Store:
 class NewBackup:
     """A backup that is being written, under a name that does not count."""
 
-    def __init__(self, store_path, name, checkpoint):
-        self.name = name
-        self.checkpoint = checkpoint
+    def __init__(self, store_path, name):
+        self.name = self.checkpoint = name
         self._final = os.path.join(store_path, name)
         self.path = self._final + PARTIAL
         os.mkdir(self.path)

@@ -2,7 +2,7 @@
 """A plugin without QEMU: speaks the protocol over a pretended VM, with faults on demand.
 
 It shares no code with the host. FAKE_VM is the VM's folder: `<disk>.img` is what the
-guest has now, `<disk>@<checkpoint>.img` what it had at a checkpoint, which is
+guest has now, `<disk>@<chain>+<checkpoint>.img` what it had at a checkpoint, which is
 all that a dirty bitmap has to tell. FAKE_FAULT names what goes wrong.
 FAKE_FAULT's words: see the tests that use them.
 """
@@ -64,8 +64,46 @@ def disks():
 
 
 def checkpoints(disk):
+    """As chain+name."""
     prefix = os.path.basename(image(disk))[:-4] + "@"
     return sorted(name[len(prefix):-4] for name in os.listdir(VM) if name.startswith(prefix))
+
+
+def identity(content):
+    return hashlib.sha256(content).hexdigest()[:10]
+
+
+def info(disk, checkpoint):
+    chain, _, name = checkpoint.rpartition("+")
+    return {"checkpoint": name, "chain": chain, "id": identity(load(image(disk, checkpoint))),
+            "health": "inconsistent" if FAULT == "inconsistent" else "usable", "time_ms": 1,
+            "dirty_bytes": 0, "granularity": BLOCK, "persistent": True, "recording": True,
+            "memory_bytes": 1}
+
+
+def of_chain(disk, params):
+    found = [info(disk, checkpoint) for checkpoint in checkpoints(disk)]
+    return [each for each in found if params.get("all_chains") or each["chain"] == params["chain"]]
+
+
+def list_checkpoints(request, params):
+    result(request, {"disks": [{"disk": disk, "size": os.path.getsize(image(disk)),
+                                "tracking": "persistent", "checkpoints": of_chain(disk, params)
+                                + [{"checkpoint": "theirs", "health": "foreign"}]}
+                               for disk in disks()]})
+
+
+def repair(request, params):
+    answer = []
+    for disk in disks():
+        lost = [each for each in of_chain(disk, params) if each["health"] != "usable"]
+        for each in lost:
+            os.unlink(image(disk, each["chain"] + "+" + each["checkpoint"]))
+        answer.append({"disk": disk, "removed": ["bitmap of " + each["checkpoint"] for each in lost],
+                       "lost": lost, "usable": [each["checkpoint"] for each in of_chain(disk, params)],
+                       "foreign": ["theirs"],
+                       "leftovers": ["stuck: no"] if FAULT == "stuck" else []})
+    result(request, {"disks": answer, "open_backups": ["b7"]})
 
 
 def hello(request, params):
@@ -76,50 +114,70 @@ def hello(request, params):
     result(request, {"protocol": 1, "plugin": {"name": "fake", "version": "1"},
                      "carrier": carrier, "carriers": ["inline", "framed"], "features": ["odd"],
                      "limits": {"max_line_bytes": 16 << 20, "max_payload_bytes": 1 << 20,
-                                "max_requests": 8, "max_name_bytes": 128}})
+                                "max_requests": 8, "max_name_bytes": 64}})
 
 
 def inspect(request, params):
     if FAULT == "monitor_busy":
         return error(request, "monitor_busy", "retry")
-    unusable = "base_inconsistent" if FAULT == "inconsistent" else None
     result(request, {
         "qemu_version": "10.0.2", "name": "fake", "uuid": os.environ.get("FAKE_UUID"),
         "status": "running", "our_objects": [],
         "disks": [{"disk": disk, "node": "n", "format": "qcow2", "file": None,
                    "size": os.path.getsize(image(disk)), "qdev": None, "iothread": None,
-                   "tracking": "persistent", "foreign_bitmaps": [],
-                   "excluded": "read_only" if disk.startswith("cd") else None,
-                   "checkpoints": [{"checkpoint": name, "time_ms": 1, "changed_bytes": 0,
-                                    "granularity": BLOCK, "unusable": unusable}
-                                   for name in checkpoints(disk)]}
+                   "tracking": "persistent",
+                   "excluded": "read_only" if disk.startswith("cd") else None}
                   for disk in disks()]})
 
 
-def begin(request, params):
-    opened = []
+def plan(params):
+    """(disk, base, its file's name, reason of a full) of each disk."""
     for choice in params["disks"]:
         disk, base = choice["disk"], choice.get("base")
         size = os.path.getsize(image(disk))
         reason = None
-        if base and base not in checkpoints(disk):
-            reason = "base_missing"
+        there = "%s+%s" % (params["chain"], base)
+        if base and there not in checkpoints(disk):
+            reason = "bitmap_lost" if choice.get("base_id") else "base_missing"
         elif base and FAULT == "inconsistent":
             reason = "base_inconsistent"
-        elif base and os.path.getsize(image(disk, base)) != size:
+        elif base and os.path.getsize(image(disk, there)) != size:
             reason = "size_changed"
+        elif base and choice["base_id"] != identity(load(image(disk, there))):
+            reason = "base_mismatch"
+        yield disk, base, there, reason
+
+
+def estimate(request, params):
+    answer = []
+    for disk, base, _, reason in plan(params):
+        size = os.path.getsize(image(disk))
+        mode = "incremental" if base and not reason else "full"
+        answer.append({"disk": disk, "size": size, "planned": "incremental" if base else "full",
+                       "mode": mode, "changed_bytes": size, "read_bytes": 4096})
+        if reason:
+            answer[-1]["reason"] = reason
+    result(request, {"disks": answer})
+
+
+def begin(request, params):
+    opened = []
+    for disk, base, there, reason in plan(params):
+        size = os.path.getsize(image(disk))
         if reason and params.get("strict"):
             return error(request, "base_unusable", "take_full", reason=reason, disk=disk)
         shown = {"disk": disk, "size": size, "planned": "incremental" if base else "full",
                  "mode": "incremental" if base and not reason else "full",
                  "checkpoint": params.get("checkpoint"), "tracking": "persistent",
+                 "checkpoint_id": identity(load(image(disk))),
                  "granularity": BLOCK, "changed_bytes": size}
         if reason:
             shown["reason"] = reason
         elif base:
             shown["base"] = base
         opened.append(shown)
-    backups["b1"] = {each["disk"]: dict(each, now=load(image(each["disk"]))) for each in opened}
+    backups["b1"] = {each["disk"]: dict(each, now=load(image(each["disk"])), chain=params["chain"])
+                     for each in opened}
     result(request, {"backup": "b1", "time_ms": int(time.time() * 1000), "disks": opened})
 
 
@@ -140,7 +198,9 @@ def read(request, params):
         "qemu-fleece stream 1", disk["disk"], str(disk["size"]), disk["mode"],
         disk.get("base", ""), disk["checkpoint"] or "", ""]).encode())
     sums = {"records": 0, "data_bytes": 0, "zero_bytes": 0, "same_bytes": 0}
-    before = load(image(disk["disk"], disk["base"])) if "base" in disk else None
+    before = None
+    if "base" in disk:
+        before = load(image(disk["disk"], disk["chain"] + "+" + disk["base"]))
     for offset in range(0, len(now), BLOCK):
         payload = now[offset:offset + BLOCK]
         kind, crc = "data", zlib.crc32(payload)
@@ -186,11 +246,12 @@ def commit(request, params):
         os._exit(70)
     for name, disk in backups["b1"].items():
         if disk["checkpoint"]:
-            with open(image(name, disk["checkpoint"]), "wb") as file:
+            with open(image(name, disk["chain"] + "+" + disk["checkpoint"]), "wb") as file:
                 file.write(disk["now"])
         for old in params.get("delete_checkpoints", []):
-            if os.path.exists(image(name, old)):
-                os.unlink(image(name, old))
+            old = image(name, disk["chain"] + "+" + old)
+            if os.path.exists(old):
+                os.unlink(old)
     if FAULT == "commit_dies_after":
         os._exit(70)
     if FAULT == "commit_silent" and not delayed:
@@ -241,7 +302,8 @@ def main():
     if FAULT == "not_json":
         OUT.write(b"Welcome!\n")
         OUT.flush()
-    methods = {"hello": hello, "vm.inspect": inspect, "backup.begin": begin, "backup.read": read,
+    methods = {"hello": hello, "vm.inspect": inspect, "checkpoint.list": list_checkpoints,
+               "checkpoint.repair": repair, "backup.estimate": estimate, "backup.begin": begin, "backup.read": read,
                "backup.commit": commit, "restore.begin": restore_begin,
                "restore.write": restore_write, "restore.finish": restore_finish}
     for line in IN:

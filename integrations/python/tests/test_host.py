@@ -40,10 +40,61 @@ class Rounds(WithVm):
             self.assertEqual(len(self.checkpoints("disk0")), 1)
 
     def test_checkpoints_of_others_stay(self):
-        self.guest_writes("disk0@another-hosts", b"x")
+        self.guest_writes("disk0@another+checkpoint", b"x")
         self.backup()
         self.backup()
-        self.assertIn("another-hosts", self.checkpoints("disk0"))
+        self.assertIn("another+checkpoint", self.checkpoints("disk0"))
+
+    def test_two_stores_back_one_vm_up_side_by_side(self):
+        other = os.path.join(self.folder, "other")
+        for number in range(3):
+            self.guest_writes("disk0", b"%d" % number, at=70000)
+            for store in (self.store, other):
+                out = self.host("backup", "--qmp", "/vm.sock", "--to", store)
+                self.assertIn("incremental" if number else "no base", out)
+        self.assertEqual(len(self.checkpoints("disk0")), 2)
+        self.assert_restores()
+
+    def test_a_base_that_is_another_point_in_time_is_not_built_on(self):
+        self.backup()
+        (name,) = self.checkpoints("disk0")
+        size = len(self.guest_has("disk0"))
+        # Somebody put another image in its place, with a checkpoint of the same name.
+        self.guest_writes("disk0@" + name, bytes(size))
+        self.guest_writes("disk0", os.urandom(size))
+        self.assertIn("base_mismatch", self.backup())
+        self.assert_restores()
+
+    def test_what_the_vm_remembers_is_shown_and_repaired(self):
+        self.backup()
+        self.guest_writes("disk0@another+checkpoint", b"x")
+        (name,) = self.folders()
+
+        def ask(command, *whose, **more):
+            return self.host(command, "--qmp", "/vm.sock", *whose, **more)
+        mine = ask("checkpoints", "--to", self.store)
+        self.assertRegex(mine, r"(?m)^disk0 +%s +\w+ +usable" % name)
+        self.assertNotIn("another", mine)
+        self.assertRegex(ask("checkpoints", "--all"), r"(?m)^disk0 +checkpoint +another +usable")
+        self.assertIn("disk0: still a base: " + name, ask("repair", "--to", self.store))
+        out = ask("repair", "--to", self.store, fault="inconsistent")
+        self.assertIn("disk1: removed: bitmap of " + name, out)
+        self.assertIn("disk1: no base, the next backup from it is full: %s (inconsistent)" % name, out)
+        self.assertIn("disk1: somebody else's, untouched: theirs", out)
+        self.assertIn("a backup is open in QEMU: b7", out)
+        self.assertEqual(self.checkpoints("disk0"), ["another+checkpoint"])
+        self.assertIn("could not be removed: stuck", ask("repair", "--all", fault="stuck", status=1))
+        self.assertIn("bitmap_lost", self.backup())
+
+    def test_an_estimate(self):
+        self.backup()
+
+        def estimate(*arguments, **more):
+            return self.host("estimate", "--qmp", "/vm.sock", "--to", self.store, *arguments, **more)
+        self.assertRegex(estimate(), r"(?m)^disk0 +390.7 KiB +incremental +- +4.0 KiB")
+        self.assertRegex(estimate("--full", "--disk", "disk1"), r"(?m)^disk1 +146.5 KiB +full +no base")
+        self.assertIn("base_inconsistent", estimate(fault="inconsistent"))
+        self.assertEqual(len(self.folders()), 1)
 
     def test_one_disk_alone_does_not_cost_the_other_its_base(self):
         self.backup()
@@ -66,7 +117,7 @@ class Rounds(WithVm):
         for disk in ("disk0", "disk1"):
             for name in self.checkpoints(disk):
                 os.unlink(os.path.join(self.vm, "%s@%s.img" % (disk, name)))
-        self.assertIn("base_missing", self.backup())
+        self.assertIn("bitmap_lost", self.backup())
         self.guest_writes("disk0", bytes(1 << 20))
         self.assertIn("size_changed", self.backup())
         self.assert_restores()

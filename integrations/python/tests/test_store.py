@@ -162,13 +162,13 @@ class Manifests(unittest.TestCase):
 
         def base(disk, *known, **more):
             found = self.store.base_for(
-                disk, [dict(more, checkpoint=point[name]) for name in known])
+                disk, [dict({"health": "usable", "checkpoint": point[name]}, **more) for name in known])
             return found.name if found else None
         self.assertEqual(base("a", one, two, three), three)
         self.assertEqual(base("a", one, two), two)
         self.assertEqual(base("a", one), one)
         self.assertEqual(base("b", one, two), three, "so that the plugin says why it is full")
-        self.assertEqual(base("a", one, unusable="base_inconsistent"), three)
+        self.assertEqual(base("a", one, health="inconsistent"), three)
         self.assertIsNone(base("c", one))
         os.unlink(self.store.backup(two).stream_path("a"))
         self.assertEqual(base("a", one, two, three), one, "what builds on a lost stream is lost")

@@ -139,32 +139,19 @@ pub(crate) fn to_listed(listed: &Listed) -> DisksResult {
     }
 }
 
-fn to_repaired_disk(report: &Report, repaired: &Repaired, scope: &Scope) -> RepairedDisk {
-    let (mut usable, mut foreign) = (Vec::new(), Vec::new());
-    let gone = repaired.lost.iter();
-    let mut lost: Vec<_> = gone
-        .map(|checkpoint| of_checkpoint(checkpoint, Health::Inconsistent))
-        .collect();
-    for entry in report.entries(repaired, scope) {
-        match &entry {
+fn to_repaired_disk(repaired: &Repaired, disk: &Disk, entries: &[Entry<'_>]) -> RepairedDisk {
+    let (mut lost, mut usable, mut foreign) = (Vec::new(), Vec::new(), Vec::new());
+    for entry in entries {
+        match entry {
             Entry::Foreign(bitmap) => foreign.push(bitmap.name.clone()),
             Entry::Ours(found) if found.health == EngineHealth::Usable => {
                 usable.push(found.checkpoint.name.to_string());
             }
-            _ => {
-                let info = to_entry(&repaired.disk, &entry);
-                // What was removed just now is missing too.
-                if !lost
-                    .iter()
-                    .any(|known| known.checkpoint == info.checkpoint && known.chain == info.chain)
-                {
-                    lost.push(info);
-                }
-            }
+            entry => lost.push(to_entry(disk, entry)),
         }
     }
     RepairedDisk {
-        disk: repaired.disk.id.clone(),
+        disk: repaired.disk.clone(),
         removed: repaired.removed.clone(),
         lost,
         usable,
@@ -174,11 +161,13 @@ fn to_repaired_disk(report: &Report, repaired: &Repaired, scope: &Scope) -> Repa
 }
 
 pub(crate) fn to_repaired(report: &Report, scope: &Scope) -> RepairResult {
-    let disks = report.disks.iter();
+    let listed = chain::list(&report.before, scope);
+    let of = |disk: &Disk| report.disks.iter().find(|one| one.disk == disk.id);
+    let told = listed
+        .iter()
+        .filter_map(|(disk, entries)| Some(to_repaired_disk(of(disk)?, disk, entries)));
     RepairResult {
-        disks: disks
-            .map(|repaired| to_repaired_disk(report, repaired, scope))
-            .collect(),
+        disks: told.collect(),
         open_backups: report.open.clone(),
     }
 }
