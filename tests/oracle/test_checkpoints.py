@@ -318,6 +318,30 @@ class Checkpoints(support.Test):
         self.assertEqual(64 * KIB, backup.disks["dev-a"]["changed_bytes"])
         backup.abort()
 
+    def test_a_thousand_are_too_many(self):
+        """A clear limit per disk, over all chains; the VM goes on, and what is gone makes room."""
+        limit = self.plugin.hello["limits"]["max_checkpoints"]
+        ours = 0
+        for number in range(1000):
+            chain = f"chain{number % 3}"
+            try:
+                self.call("create", checkpoint=f"n{number}", chain=chain, disks=["dev-a"])
+                ours += 1
+            except support.PluginError as error:
+                self.assertEqual(("too_many_checkpoints", "dev-a"), (error.code, error.data["disk"]))
+        self.assertEqual(limit, ours)
+        many = {"from": [f"n{number}" for number in range(0, limit, 3)]}
+        self.refuse("too_many_checkpoints", "merge", checkpoint="m", chain="chain0", **many)
+        words = [{"disk": "dev-a", "changed": "all"}]
+        self.refuse("too_many_checkpoints", "redefine", checkpoint="m", disks=words)
+        self.refused("too_many_checkpoints", self.plugin, "backup.begin",
+                     {"monitor": self.rig.monitor, "checkpoint": "m"})
+        self.assertEqual([], support.ours(self.rig.qmp))
+        self.call("merge", checkpoint="m", chain="chain0", delete_sources=True, **many)
+        self.create("new")
+        self.write("write -P 7 2M 64K")
+        self.incremental("new", base="new")
+
     # --- beside a backup --------------------------------------------------------------
 
     def test_checkpoints_can_be_changed_while_a_backup_is_open(self):
