@@ -132,3 +132,34 @@ class Life(support.Test):
     def bitmaps(self, name):
         """The names of a node's bitmaps."""
         return [bitmap["name"] for bitmap in self.node(name).get("dirty-bitmaps", [])]
+
+
+class Layered(Life):
+    """Overlays on its images, and what other programs do with them."""
+
+    def snapshot(self, overlay, below="a", bitmaps=False):
+        """An overlay on a node; `bitmaps`: with bitmaps of the same names, as libvirt makes them."""
+        make_image(self.image(overlay), "qcow2", SIZE)
+        file = {"driver": "file", "filename": str(self.image(overlay)), "discard": "unmap"}
+        node = {"driver": "qcow2", "node-name": overlay, "discard": "unmap", "file": file, "backing": None}
+        self.rig.qmp.command("blockdev-add", node)
+        actions = [{"type": "blockdev-snapshot", "data": {"node": below, "overlay": overlay}}]
+        for name in self.bitmaps(below) if bitmaps else []:
+            bitmap = {"node": overlay, "name": name, "persistent": True}
+            actions.append({"type": "block-dirty-bitmap-add", "data": bitmap})
+        self.rig.qmp.command("transaction", {"actions": actions})
+
+    def more(self, at):
+        """Changes at this MiB, and others."""
+        self.write(f"write -P 5 {at}M 64K", f"write -z {at + 1}M 64K", f"discard {at + 2}M 64K")
+
+    def job(self, command, ready=False, **arguments):
+        """Runs a block job to its end; `ready`: it is one that has to be told when."""
+        self.rig.qmp.command(command, {"job-id": "theirs", **arguments})
+        if ready:
+            self.rig.qmp.wait_event("BLOCK_JOB_READY", device="theirs")
+            self.more(13)
+            self.rig.qmp.command("job-complete", {"id": "theirs"})
+        self.rig.qmp.wait_event("BLOCK_JOB_COMPLETED", device="theirs")
+        while self.rig.qmp.command("query-block-jobs"):
+            pass
