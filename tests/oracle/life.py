@@ -1,5 +1,7 @@
 """A VM whose disks have a committed checkpoint, and what the next backup makes of it."""
 
+import subprocess
+
 from . import support
 from .guest import MIB
 from .support import QEMU, Backup, Rig, Vm, io, make_image, virtio
@@ -108,9 +110,7 @@ class Life(support.Test):
             if any(expected.values()):
                 data = self.refused("base_unusable", plugin, "backup.begin", params)
                 self.assertEqual(expected[data["disk"]], data["reason"])
-                # QEMU 7.2 lets go of removed descriptors only while its processor runs.
-                left = [each for each in support.ours(self.rig.qmp) if not each.startswith("fdset")]
-                self.assertEqual([], left)
+                self.assertEqual([], self.left())
             backup = self.backup(plugin, base=BASE, disks=disks)
             for guess in estimate:
                 found = backup.disks[guess["disk"]]
@@ -129,6 +129,58 @@ class Life(support.Test):
         nodes = self.rig.qmp.command("query-named-block-nodes", {"flat": True})
         return next(node for node in nodes if node["node-name"] == name)
 
+    def named(self, name):
+        """A node's bitmaps that have a name: jobs have others."""
+        return [bitmap for bitmap in self.node(name).get("dirty-bitmaps", []) if "name" in bitmap]
+
     def bitmaps(self, name):
         """The names of a node's bitmaps."""
-        return [bitmap["name"] for bitmap in self.node(name).get("dirty-bitmaps", [])]
+        return [bitmap["name"] for bitmap in self.named(name)]
+
+    def left(self):
+        """What sessions have left in QEMU."""
+        # QEMU 7.2 lets go of removed descriptors only while its processor runs.
+        return [each for each in support.ours(self.rig.qmp) if not each.startswith("fdset")]
+
+
+class Layered(Life):
+    """Overlays on its images, and what other programs do with them."""
+
+    def snapshot(self, overlay, below="a", bitmaps=False):
+        """An overlay on a node; `bitmaps`: with those that libvirt copies, or with these names."""
+        make_image(self.image(overlay), "qcow2", SIZE)
+        file = {"driver": "file", "filename": str(self.image(overlay)), "discard": "unmap"}
+        node = {"driver": "qcow2", "node-name": overlay, "discard": "unmap", "file": file, "backing": None}
+        self.rig.qmp.command("blockdev-add", node)
+        if bitmaps is True:
+            there = [each for each in self.named(below) if each["persistent"] and each["recording"]]
+            bitmaps = [each["name"] for each in there]
+        actions = [{"type": "blockdev-snapshot", "data": {"node": below, "overlay": overlay}}]
+        for name in bitmaps or []:
+            bitmap = {"node": overlay, "name": name, "persistent": True}
+            actions.append({"type": "block-dirty-bitmap-add", "data": bitmap})
+        self.rig.qmp.command("transaction", {"actions": actions})
+
+    def boot_on(self, overlay):
+        """(Re)starts QEMU on the overlay of `a`, which names its backing image itself now."""
+        below, above = self.image("a"), self.image(overlay)
+        rebase = ["qemu-img", "rebase", "-u", "-b", str(below), "-F", self.formats["a"], str(above)]
+        subprocess.run(rebase, check=True, capture_output=True)
+        self.image = lambda node: above if node == "a" else above.with_name(f"{node}.img")
+        self.formats = {"a": "qcow2"}
+        self.boot()
+
+    def more(self, at):
+        """Changes at this MiB, and others."""
+        self.write(f"write -P 5 {at}M 64K", f"write -z {at + 1}M 64K", f"discard {at + 2}M 64K")
+
+    def job(self, command, ready=False, **arguments):
+        """Runs a block job to its end; `ready`: it is one that has to be told when."""
+        self.rig.qmp.command(command, {"job-id": "theirs", **arguments})
+        if ready:
+            self.rig.qmp.wait_event("BLOCK_JOB_READY", device="theirs")
+            self.more(13)
+            self.rig.qmp.command("job-complete", {"id": "theirs"})
+        event = self.rig.qmp.wait_event("BLOCK_JOB_COMPLETED", device="theirs")
+        self.assertNotIn("error", event["data"])
+        self.rig.qmp.wait_event("JOB_STATUS_CHANGE", id="theirs", status="null")
