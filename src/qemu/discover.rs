@@ -51,6 +51,8 @@ pub enum Reason {
     BackingNode,
     /// Another disk has the same id.
     AmbiguousId,
+    /// Its image is another QEMU's: this one waits for a migration, or has ended one.
+    Inactive,
 }
 
 impl Reason {
@@ -66,6 +68,7 @@ impl Reason {
             Self::InBackup => "in_backup",
             Self::BackingNode => "backing_node",
             Self::AmbiguousId => "ambiguous_id",
+            Self::Inactive => "inactive",
         }
     }
 }
@@ -120,16 +123,19 @@ impl Disk {
 pub async fn disks(qmp: &Qmp) -> Result<Vec<Disk>> {
     let nodes = query::named_block_nodes(qmp).await?;
     let devices = query::block_devices(qmp).await?;
+    let status = where_known(query::status(qmp).await)?;
     let vm = Vm {
         identity: identity(qmp).await?,
         nodes: &nodes,
+        inactive: status.as_deref().is_some_and(is_away),
     };
     let mut disks: Vec<Disk> = devices
         .into_iter()
         .map(|device| vm.disk_of_device(device))
         .collect();
-    // A VM without disks may have nodes that no device uses; those are no disks.
-    if disks.is_empty() && is_storage_daemon(qmp).await? {
+    // A VM without disks may have nodes that no device uses; those are no disks. Only
+    // a storage daemon has no run state.
+    if disks.is_empty() && status.is_none() {
         disks = nodes
             .iter()
             .filter_map(|node| vm.disk_of_node(node))
@@ -180,14 +186,6 @@ fn is_unknown_command(error: &crate::error::Error) -> bool {
         .is_some_and(|refusal| refusal.class == "CommandNotFound")
 }
 
-/// Only a VM has a run state.
-async fn is_storage_daemon(qmp: &Qmp) -> Result<bool> {
-    match query::status(qmp).await {
-        Err(error) if is_unknown_command(&error) => Ok(true),
-        answer => answer.map(|_| false),
-    }
-}
-
 /// The image under a filter of ours, which QEMU names like its image. QEMU 10.0
 /// does not tell which node is whose child.
 fn under_our_filter<'a>(filter: &BlockNode, nodes: &'a [BlockNode]) -> Option<&'a BlockNode> {
@@ -204,6 +202,14 @@ fn under_our_filter<'a>(filter: &BlockNode, nodes: &'a [BlockNode]) -> Option<&'
 struct Vm<'a> {
     identity: String,
     nodes: &'a [BlockNode],
+    /// The images are another QEMU's.
+    inactive: bool,
+}
+
+/// Whether a VM in this run state writes nothing itself, while another QEMU may: what
+/// that one writes, bitmaps here do not record. From 10.0 on nodes tell it too.
+fn is_away(status: &str) -> bool {
+    matches!(status, "inmigrate" | "finish-migrate" | "postmigrate")
 }
 
 impl Vm<'_> {
@@ -238,6 +244,7 @@ impl Vm<'_> {
         let excluded = match &inserted {
             _ if removable => Some(Reason::Removable),
             None => Some(Reason::NoMedium),
+            Some(node) if self.inactive || node.active == Some(false) => Some(Reason::Inactive),
             _ if qdev.as_deref().is_some_and(is_firmware) => Some(Reason::UnsupportedDriver),
             Some(node) if ours(node) => Some(Reason::FilterNode),
             _ if filtered => Some(Reason::InBackup),
@@ -264,6 +271,7 @@ impl Vm<'_> {
         });
         let excluded = match exclude(node) {
             _ if backs => Some(Reason::BackingNode),
+            _ if node.active == Some(false) => Some(Reason::Inactive),
             None if filtered => Some(Reason::InBackup),
             excluded => excluded,
         };

@@ -219,6 +219,9 @@ pub struct BlockNode {
     pub drv: String,
     /// Opened read-only.
     pub ro: bool,
+    /// Whether this QEMU may use the image, which may be another's after a migration;
+    /// told since 10.0.
+    pub active: Option<bool>,
     /// What is opened, as QEMU names it.
     pub file: String,
     /// What the node below it is named by, where it has a backing node.
