@@ -121,6 +121,10 @@ class Checkpoints(support.Test):
         other = self.incremental("same", base="same", chain="other")  # the images are the later ones
         self.assertEqual(64 * KIB, other.disks["dev-a"]["changed_bytes"])
         self.refuse("unknown_checkpoint", "delete", checkpoints=["same"], chain="third")
+        self.assertEqual("base_missing", self.estimate(base="same", chain="third")["dev-a"]["reason"])
+        params = {"monitor": self.rig.monitor, "base": "same", "chain": "third", "strict": True}
+        data = self.refused("base_unusable", self.plugin, "backup.begin", params)
+        self.assertEqual(("base_missing", "take_full"), (data["reason"], data["action"]))
         self.call("delete", checkpoints=["same"])
         self.assertEqual({disk: {} for disk in NODES}, self.rig.health(self.plugin))
         self.incremental("same", base="same", chain="other")
