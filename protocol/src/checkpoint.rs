@@ -108,7 +108,7 @@ pub struct CheckpointInfo {
     /// Whether the guest's writes are recorded now.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recording: Option<bool>,
-    /// Bytes of memory that its bits take in QEMU: one bit a granule.
+    /// Most bytes of memory that its bits take in QEMU: one bit a granule.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory_bytes: Option<u64>,
 }
