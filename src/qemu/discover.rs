@@ -127,7 +127,7 @@ pub async fn disks(qmp: &Qmp) -> Result<Vec<Disk>> {
     let vm = Vm {
         identity: identity(qmp).await?,
         nodes: &nodes,
-        inactive: status.as_deref().is_some_and(is_away),
+        inactive: is_away(qmp, status.as_deref()).await?,
     };
     let mut disks: Vec<Disk> = devices
         .into_iter()
@@ -206,10 +206,15 @@ struct Vm<'a> {
     inactive: bool,
 }
 
-/// Whether a VM in this run state writes nothing itself, while another QEMU may: what
-/// that one writes, bitmaps here do not record. From 10.0 on nodes tell it too.
-fn is_away(status: &str) -> bool {
-    matches!(status, "inmigrate" | "finish-migrate" | "postmigrate")
+/// Whether another QEMU may write to the images of a VM in this run state: bitmaps here
+/// would not record it. From 10.0 on nodes tell it too.
+async fn is_away(qmp: &Qmp, status: Option<&str>) -> Result<bool> {
+    match status {
+        Some("inmigrate" | "finish-migrate") => Ok(true),
+        // Also after a migration that failed, if the VM was paused.
+        Some("postmigrate") => Ok(query::migration(qmp).await?.as_deref() == Some("completed")),
+        _ => Ok(false),
+    }
 }
 
 impl Vm<'_> {

@@ -105,6 +105,20 @@ pub async fn status(qmp: &Qmp) -> Result<Option<String>> {
         .map(|answer| Some(answer.status))
 }
 
+/// `query-migrate`: what became of the last migration (`active`, `completed`, `failed`, ...).
+///
+/// # Errors
+/// QEMU's, the monitor's.
+pub async fn migration(qmp: &Qmp) -> Result<Option<String>> {
+    #[derive(Deserialize)]
+    struct Answer {
+        status: Option<String>,
+    }
+    ask::<Answer>(qmp, "query-migrate", json!({}))
+        .await
+        .map(|answer| answer.status)
+}
+
 /// An NBD, FUSE or vhost-user export (QAPI `BlockExportInfo`).
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
