@@ -84,9 +84,15 @@ pub fn delete(
         }
         for (disk, found) in holders(disks, ids, chain, std::slice::from_ref(name))? {
             for found in &found {
+                own_bitmap(disk, found)?;
+            }
+            deleted.push(format!("{}/{name}", disk.id));
+            // Two processes that made one at the same time have made two.
+            let mut all = chain::checkpoints(disk);
+            all.retain(|one| one.checkpoint.chain == *chain && one.checkpoint.name == *name);
+            for found in all.iter().filter(|one| one.own.is_some()) {
                 free(disk, found)?;
                 let own = own_bitmap(disk, found)?;
-                deleted.push(format!("{}/{name}", disk.id));
                 change.add(disk, [step::remove_bitmap(&disk.node, own)]);
             }
         }
@@ -401,6 +407,9 @@ mod tests {
             (told, kinds(&change)),
             (vec!["d/a".to_owned()], vec!["remove"])
         );
+        let twice = [bitmap(&a), bitmap(&checkpoint("a", 2, "base"))];
+        let (told, change) = deleted(&disk(&[("base", &twice)])).unwrap();
+        assert_eq!((told.len(), kinds(&change)), (1, vec!["remove", "remove"]));
         let busy = Bitmap {
             busy: true,
             ..bitmap(&a)

@@ -121,15 +121,27 @@ pub fn plan(
 /// The disks of these ids, in this order; without ids all that are `eligible`.
 ///
 /// # Errors
-/// [`Kind::UnknownDisk`]; [`Kind::DiskExcluded`] for one that is not eligible;
+/// [`Kind::UnknownDisk`]; [`Kind::DiskExcluded`] for one that is not eligible, or where
+/// none of those that there are is;
 /// [`Kind::InvalidRequest`] for one named twice.
 pub fn choose<'a>(
     disks: &'a [Disk],
     ids: Option<&[&str]>,
     eligible: fn(&Disk) -> bool,
 ) -> Result<Vec<&'a Disk>> {
+    let left_out = |error: Error, disk: &Disk| {
+        let why = disk.excluded.map_or("", |reason| reason.name());
+        error.because(format!("it is left out: {why}"))
+    };
     let Some(ids) = ids else {
-        return Ok(disks.iter().filter(|disk| eligible(disk)).collect());
+        let chosen: Vec<&Disk> = disks.iter().filter(|disk| eligible(disk)).collect();
+        return match disks.first() {
+            Some(first) if chosen.is_empty() => {
+                let error = Error::new(Kind::DiskExcluded, "choosing the disks: there is no other");
+                Err(left_out(error.on_disk(first.id.clone()), first))
+            }
+            _ => Ok(chosen),
+        };
     };
     let mut chosen: Vec<&Disk> = Vec::new();
     for id in ids {
@@ -138,8 +150,7 @@ pub fn choose<'a>(
             return Err(error(Kind::UnknownDisk));
         };
         if !eligible(disk) {
-            let why = disk.excluded.map_or("", |reason| reason.name());
-            return Err(error(Kind::DiskExcluded).because(format!("it is left out: {why}")));
+            return Err(left_out(error(Kind::DiskExcluded), disk));
         }
         if chosen.iter().any(|other| other.id == disk.id) {
             return Err(error(Kind::InvalidRequest).because("it is named twice"));

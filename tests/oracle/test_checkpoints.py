@@ -282,6 +282,8 @@ class Checkpoints(support.Test):
             self.refuse("invalid_params", "delete", checkpoints=[name])
             self.refuse("invalid_params", "merge", checkpoint="good", **{"from": [name]})
         self.refuse("invalid_params", "merge", checkpoint="good", **{"from": []})
+        self.refuse("invalid_params", "delete", checkpoints=["a"] * 1025)
+        self.refuse("invalid_params", "list", checkpoints=["a"] * 1_000_000)
         self.refuse("invalid_params", "create", checkpoint="good", granularity=3)
         self.refuse("invalid_params", "create", checkpoint="good", disks=[])
         longest = self.call("create", checkpoint="x" * 64, chain="y" * 64)

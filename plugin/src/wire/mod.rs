@@ -101,7 +101,14 @@ pub(crate) fn from_name(text: &str) -> Result<Name, WireError> {
     Name::parse(text).map_err(|error| unchanged(&error))
 }
 
+/// Most names in one request.
+const MAX_NAMES: usize = 1024;
+
 pub(crate) fn from_names(names: &[String]) -> Result<Vec<Name>, WireError> {
+    if names.len() > MAX_NAMES {
+        let why = format!("there are more than {MAX_NAMES} names");
+        return Err(WireError::new(Code::InvalidParams, why));
+    }
     names.iter().map(|name| from_name(name)).collect()
 }
 
