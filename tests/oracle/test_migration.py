@@ -1,6 +1,5 @@
 """Live migration to a second QEMU, and the next backup there."""
 
-import shutil
 import subprocess
 
 from . import support
@@ -15,14 +14,12 @@ class Migration(Life):
         super().setUp()
         self.boot()
 
-    def to(self, image, bitmaps):
+    def to(self, image, bitmaps, node="a"):
         """The VM goes to a second QEMU with its disk at `image`; that is `self.rig` then."""
-        source, folder = self.rig, support.Places()
-        self.addCleanup(folder.close)
+        source = self.rig
         self.addCleanup(source.close)
-        there = Vm([*virtio("a", image), "-incoming", "defer"], self.qemu)
-        self.rig = Rig(there, folder.folder)
-        shutil.copy(source.image("dev-a"), self.rig.image("dev-a"))
+        disk = virtio(node, image, self.formats["a"], "dev-a")
+        self.rig = Rig(Vm([*disk, "-incoming", "defer"], self.qemu), self.places.folder)
         for rig in (source, self.rig):
             states = [{"capability": "dirty-bitmaps", "state": bitmaps}, {"capability": "events", "state": True}]
             rig.qmp.command("migrate-set-capabilities", {"capabilities": states})
@@ -86,6 +83,34 @@ class Migration(Life):
         word = {"disk": "dev-a", "changed": changed, "id": self.ids["dev-a"]}
         self.call("checkpoint.redefine", checkpoint=BASE, disks=[word])
         self.write("write -P 6 11M 64K")
+        self.next_is({"dev-a": None}, ids=True)
+
+    def test_there_and_back_and_on(self):
+        """Also what was stored in the image before."""
+        for bitmaps in (True, False):
+            with self.subTest(bitmaps=bitmaps):
+                self.full()
+                self.quit()
+                self.boot()
+                for at in (9, 10):
+                    self.to(self.image("a"), bitmaps)
+                    self.write(f"write -P 6 {at}M 64K")
+                    self.next_is({"dev-a": None}, ids=True)
+                self.quit()
+                self.boot()
+                self.next_is({"dev-a": None}, ids=True)
+                self.call("checkpoint.delete", checkpoints=[BASE])
+
+    def test_other_names_of_nodes(self):
+        """QEMU migrates bitmaps by their nodes' names: others than the source's are lost, and seen to be."""
+        self.full()
+        self.quit()
+        self.boot()
+        self.to(self.image("a"), True, node="other")
+        self.write("write -P 6 9M 64K")
+        self.next_is({"dev-a": "base_inconsistent"}, ids=True)
+        self.call("checkpoint.repair")
+        self.full()
         self.next_is({"dev-a": None}, ids=True)
 
     def test_the_longest_names_can_be_migrated(self):
