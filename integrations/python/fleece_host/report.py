@@ -139,7 +139,7 @@ def repair_lines(answer):
             yield "%s: lost, a backup from it is full: %s (%s)" % (
                 disk["disk"], each["checkpoint"], each["health"])
     for backup in answer["open_backups"]:
-        yield "a backup is open in QEMU: %s" % backup
+        yield "a backup is open in QEMU (its plugin runs, or was killed): %s" % backup
 
 
 REPAIRED = {"removed": "removed", "leftovers": "could not be removed", "usable": "still a base",

@@ -99,7 +99,7 @@ class Rounds(WithVm):
         self.assertIn("disk1: lost, a backup from it is full: %s (inconsistent)" % name, out)
         self.assertRegex(out, r"(?s)the next backup:.*\ndisk0 .* full +bitmap_lost ")
         self.assertIn("disk1: somebody else's, untouched: theirs", out)
-        self.assertIn("a backup is open in QEMU: b7", out)
+        self.assertIn("a backup is open in QEMU (its plugin runs, or was killed): b7", out)
         self.assertEqual(self.checkpoints("disk0"), ["another+checkpoint"])
         out = ask("repair", "--all", fault="stuck", status=1)
         self.assertIn("disk0: could not be removed: stuck", out)
