@@ -5,6 +5,8 @@ stream   the record stream: its rules, its stored form
 store    the directory store: what counts as a backup, and what may go
 durable  files that survive a crash whole
 backup   VM -> store
+estimate what the next backup would be
+checkpoints what the VM remembers, and its repair
 restore  store -> disk image
 verify   is the store sound?
 report   what the operator sees

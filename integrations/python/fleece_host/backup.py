@@ -89,6 +89,8 @@ def run(plugin, store, options, progress):
     chain = store.identity()["id"]
     known = checkpoints.of_disks(plugin, options.monitor, chain)
     bases = choose_bases(store, vm, known, options)
+    for line in left_out(vm, options):
+        progress.say(line)
     new = store.new()
     try:
         request = {"monitor": options.monitor, "chain": chain, "checkpoint": new.checkpoint,
@@ -113,17 +115,6 @@ def run(plugin, store, options, progress):
     return manifest
 
 
-def estimate(plugin, store, options):
-    """What the next backup would be and read, per disk."""
-    vm = plugin.call("vm.inspect", {"monitor": options.monitor})
-    chain = store.identity()["id"]
-    known = checkpoints.of_disks(plugin, options.monitor, chain)
-    bases = choose_bases(store, vm, known, options)
-    request = {"monitor": options.monitor, "chain": chain,
-               "disks": [choice(disk, base) for disk, base in bases.items()]}
-    return plugin.call("backup.estimate", request)["disks"]
-
-
 def choice(disk, base):
     """A disk of a request: its base, and which point in time that is."""
     if base is None:
@@ -146,9 +137,16 @@ def choose_bases(store, vm, known, options):
             raise BackupFailed("the VM has no disk %s; it has: %s"
                                % (name, ", ".join(can) or "none"))
     if not wanted:
-        raise BackupFailed("the VM has no disk that can be backed up")
+        raise BackupFailed("; ".join(["the VM has no disk that can be backed up",
+                                      *left_out(vm, options)]))
     return {name: None if options.full else store.base_for(name, known.get(name, []))
             for name in wanted}
+
+
+def left_out(vm, options):
+    """A line for each disk that all disks do not include: nobody is to miss one unawares."""
+    return ["left out: %s (%s)" % (disk["disk"], disk["excluded"]) for disk in vm["disks"]
+            if disk.get("excluded") and options.disks is None]
 
 
 def check_began(began, bases, checkpoint):
@@ -233,14 +231,15 @@ def entry(sink, reply, base, new):
 def superseded(store, known, new, bases):
     """The checkpoints in the VM that no later backup needs, once `new` is there.
 
-    One that a disk outside of this backup builds on stays.
+    One that a disk outside of this backup builds on stays. QEMU cannot delete
+    one on a backing image: to name it would only be complained about each time.
     """
     needed = {new.checkpoint}
     found = set()
     for disk, there in known.items():
         if disk in bases:
             found |= {each["checkpoint"] for each in there
-                      if each["health"] not in ("missing", "foreign")}
+                      if each["health"] not in ("missing", "foreign", "on_backing_image")}
         else:
             base = store.base_for(disk, there)
             needed |= {base.checkpoint} if base else set()

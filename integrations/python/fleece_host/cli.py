@@ -5,7 +5,7 @@ import shutil
 import signal
 import sys
 
-from . import VERSION, backup, checkpoints, report, restore, verify
+from . import VERSION, backup, checkpoints, estimate, report, restore, verify
 from .plugin import Plugin, PluginError, PluginGone
 from .store import Store, StoreError
 from .stream import Damage, StreamFailed
@@ -17,8 +17,24 @@ the first backup, and every later one (incremental by itself):
   qemu-fleece-host backup --qmp /run/vm/qmp.sock --to /backup/vm
 a disk of the newest backup as an image:
   qemu-fleece-host restore /backup/vm --disk disk0 --output disk0.raw
+after a crash of the VM or its machine:
+  qemu-fleece-host repair --qmp /run/vm/qmp.sock --to /backup/vm
 
 exit status: 0 all is well, 1 failed, 2 wrong usage"""
+
+
+ABOUT_ESTIMATE = """\
+Says of each disk whether the next backup to DIR would be incremental, or why it would be
+full, about how much it would read, and how much at most. Changes nothing."""
+ABOUT_CHECKPOINTS = """\
+Lists the checkpoints in the VM: `usable` ones can be built on, any other health says why not.
+`changed` is what was written since, `memory` what the checkpoint takes in QEMU at most.
+Changes nothing."""
+ABOUT_REPAIR = """\
+For after a crash of QEMU or its machine; safe at any time. Removes checkpoints that are
+inconsistent and so of no use to anybody, says what is lost and what is still a base, and
+with --to what the next backup will be. Those of other programs are named, never touched.
+The exit status is 1 where something could not be removed."""
 
 
 def parser():
@@ -35,14 +51,17 @@ def parser():
     asks.add_argument("--inline", action="store_true",
                       help="bytes as base64 in JSON: slow, for looking at the conversation")
 
-    make = commands.add_parser("backup", parents=[asks], help="back a VM up")
-    make.add_argument("--qmp", required=True, metavar="SOCKET",
-                      help="QEMU's monitor: a path, unix:/path or tcp:host:port")
-    make.add_argument("--to", required=True, metavar="DIR",
-                      help="this VM's directory; made if it is not there")
-    make.add_argument("--disk", action="append", metavar="ID",
-                      help="only this disk (may be repeated; default: all that can be backed up)")
-    make.add_argument("--full", action="store_true", help="read all, build on no earlier backup")
+    vm = argparse.ArgumentParser(add_help=False, parents=[asks])
+    vm.add_argument("--qmp", required=True, metavar="SOCKET",
+                    help="QEMU's monitor: a path, unix:/path or tcp:host:port")
+    wants = argparse.ArgumentParser(add_help=False, parents=[vm])
+    wants.add_argument("--to", required=True, metavar="DIR",
+                       help="this VM's directory; the first backup makes it")
+    wants.add_argument("--disk", action="append", metavar="ID",
+                       help="only this disk (may be repeated; default: all that can be backed up)")
+    wants.add_argument("--full", action="store_true", help="read all, build on no earlier backup")
+
+    make = commands.add_parser("backup", parents=[wants], help="back a VM up")
     make.add_argument("--strict", action="store_true",
                       help="fail where an incremental turns out to be impossible")
     make.add_argument("--keep", type=_count, metavar="N", help="then remove all but the newest N "
@@ -50,16 +69,13 @@ def parser():
     make.add_argument("--scratch-dir", metavar="DIR",
                       help="where the plugin keeps old data of blocks that the guest overwrites")
 
-    ask = commands.add_parser("estimate", parents=[asks], help="what the next backup would read")
-    ask.add_argument("--qmp", required=True, metavar="SOCKET")
-    ask.add_argument("--to", required=True, metavar="DIR")
-    ask.add_argument("--disk", action="append", metavar="ID")
-    ask.add_argument("--full", action="store_true")
-
-    for name, about in (("checkpoints", "what the VM remembers, and whether it is still a base"),
-                        ("repair", "remove checkpoints that a crash has left useless")):
-        look = commands.add_parser(name, parents=[asks], help=about)
-        look.add_argument("--qmp", required=True, metavar="SOCKET")
+    commands.add_parser("estimate", parents=[wants], help="what the next backup would read",
+                        description=ABOUT_ESTIMATE)
+    for name, about, more in (
+            ("checkpoints", "what the VM remembers, and whether it is still a base",
+             ABOUT_CHECKPOINTS),
+            ("repair", "remove checkpoints that a crash has left useless", ABOUT_REPAIR)):
+        look = commands.add_parser(name, parents=[vm], help=about, description=more)
         whose = look.add_mutually_exclusive_group(required=True)
         whose.add_argument("--to", metavar="DIR", help="those of this directory's backups")
         whose.add_argument("--all", action="store_true", help="those of every host")
@@ -121,21 +137,28 @@ def do_backup(options):
 def do_estimate(options):
     wanted = backup.Options(_monitor(options), options.disk, options.full)
     with _plugin(options) as plugin:
-        print(report.estimate_table(backup.estimate(plugin, Store(options.to), wanted)))
+        _print_estimate(plugin, options, wanted)
     return 0
 
 
 def do_checkpoints(options):
     with _plugin(options) as plugin:
-        print(report.checkpoint_table(checkpoints.listed(plugin, _monitor(options), _chain(options))))
+        disks = checkpoints.listed(plugin, _monitor(options), _chain(options))
+        print(report.checkpoint_table(disks))
     return 0
 
 
 def do_repair(options):
     with _plugin(options) as plugin:
         answer = checkpoints.repaired(plugin, _monitor(options), _chain(options))
-    for line in report.repair_lines(answer):
-        print(line)
+        for line in report.repair_lines(answer):
+            print(line)
+        if options.to:
+            print("the next backup:")
+            try:
+                _print_estimate(plugin, options, backup.Options(_monitor(options)))
+            except backup.BackupFailed as error:
+                print("not possible now: %s" % error)
     return 1 if any(disk["leftovers"] for disk in answer["disks"]) else 0
 
 
@@ -166,6 +189,11 @@ def do_verify(options):
     streams, problems = verify.run(Store(options.dir), print)
     print("%d streams, %d problems" % (streams, problems))
     return 1 if problems else 0
+
+
+def _print_estimate(plugin, options, wanted):
+    disks, left_out = estimate.run(plugin, Store(options.to), wanted)
+    print("\n".join([report.estimate_table(disks), *left_out]))
 
 
 def _monitor(options):

@@ -121,22 +121,25 @@ def checkpoint_table(disks):
 def estimate_table(disks):
     """What the next backup would be, a disk a line."""
     return table(
-        ["disk", "size", "mode", "why full", "reads"],
-        [[each["disk"], size(each["size"]), each["mode"], why_full(each), size(each["read_bytes"])]
+        ["disk", "size", "mode", "why full", "reads", "at most"],
+        [[each["disk"], size(each["size"]), each["mode"], why_full(each),
+          size(each["read_bytes"]), size(each["changed_bytes"])]
          for each in disks])
 
 
 def repair_lines(answer):
     """What was repaired and what is left, for each disk; then what is still open."""
+    if not any(disk["removed"] or disk["leftovers"] for disk in answer["disks"]):
+        yield "nothing had to be removed"
     for disk in answer["disks"]:
         for what in ("removed", "leftovers", "usable", "foreign"):
             for name in disk[what]:
                 yield "%s: %s: %s" % (disk["disk"], REPAIRED[what], name)
         for each in disk["lost"]:
-            yield "%s: no base, the next backup from it is full: %s (%s)" % (
+            yield "%s: lost, a backup from it is full: %s (%s)" % (
                 disk["disk"], each["checkpoint"], each["health"])
     for backup in answer["open_backups"]:
-        yield "a backup is open in QEMU: %s" % backup
+        yield "a backup is open in QEMU (its plugin runs, or was killed): %s" % backup
 
 
 REPAIRED = {"removed": "removed", "leftovers": "could not be removed", "usable": "still a base",

@@ -70,10 +70,7 @@ class Store:
         if not os.path.isdir(self.path):
             os.makedirs(self.path)
             fsync_folder(os.path.dirname(self.path))
-        odd = [name for name in os.listdir(self.path)
-               if name != "lock" and not name.endswith(PARTIAL)]
-        if odd and not os.path.exists(self._identity_path()):
-            raise StoreError("%s is neither empty nor a store" % self.path)
+        self.is_new()
         with open(os.path.join(self.path, "lock"), "ab") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,11 +81,24 @@ class Store:
                     remove(os.path.join(self.path, name))
             yield
 
+    def is_new(self):
+        """Whether nothing is here yet; StoreError where it is something else than a store."""
+        if os.path.exists(self._identity_path()):
+            return False
+        if os.path.exists(self.path) and any(
+                name != "lock" and not name.endswith(PARTIAL) for name in os.listdir(self.path)):
+            raise StoreError("%s is neither empty nor a store" % self.path)
+        return True
+
     def claim(self, vm):
         """Makes this the store of the VM {name, uuid}, or checks that it is."""
-        if not os.path.exists(self._identity_path()):
+        if self.is_new():
             write_durably(self._identity_path(),
                           {"format": FORMAT, "id": secrets.token_hex(4), "vm": vm})
+        self.check(vm)
+
+    def check(self, vm):
+        """StoreError where this is the store of another VM."""
         ours = self.identity()["vm"]
         for member in ("uuid", "name"):
             old, new = ours.get(member), vm.get(member)

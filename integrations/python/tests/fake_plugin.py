@@ -99,8 +99,9 @@ def repair(request, params):
         lost = [each for each in of_chain(disk, params) if each["health"] != "usable"]
         for each in lost:
             os.unlink(image(disk, each["chain"] + "+" + each["checkpoint"]))
-        answer.append({"disk": disk, "removed": ["bitmap of " + each["checkpoint"] for each in lost],
-                       "lost": lost, "usable": [each["checkpoint"] for each in of_chain(disk, params)],
+        usable = [each["checkpoint"] for each in of_chain(disk, params)]
+        removed = ["bitmap of " + each["checkpoint"] for each in lost]
+        answer.append({"disk": disk, "removed": removed, "lost": lost, "usable": usable,
                        "foreign": ["theirs"],
                        "leftovers": ["stuck: no"] if FAULT == "stuck" else []})
     result(request, {"disks": answer, "open_backups": ["b7"]})
@@ -136,15 +137,17 @@ def plan(params):
         disk, base = choice["disk"], choice.get("base")
         size = os.path.getsize(image(disk))
         reason = None
-        there = "%s+%s" % (params["chain"], base)
+        there = "%s+%s" % (params.get("chain", "default"), base)
         if base and there not in checkpoints(disk):
             reason = "bitmap_lost" if choice.get("base_id") else "base_missing"
         elif base and FAULT == "inconsistent":
             reason = "base_inconsistent"
         elif base and os.path.getsize(image(disk, there)) != size:
             reason = "size_changed"
-        elif base and choice["base_id"] != identity(load(image(disk, there))):
+        elif base and choice.get("base_id") not in (None, identity(load(image(disk, there)))):
             reason = "base_mismatch"
+        elif base and FAULT == "later_reason":
+            reason = "a_later_reason"
         yield disk, base, there, reason
 
 
@@ -303,8 +306,9 @@ def main():
         OUT.write(b"Welcome!\n")
         OUT.flush()
     methods = {"hello": hello, "vm.inspect": inspect, "checkpoint.list": list_checkpoints,
-               "checkpoint.repair": repair, "backup.estimate": estimate, "backup.begin": begin, "backup.read": read,
-               "backup.commit": commit, "restore.begin": restore_begin,
+               "checkpoint.repair": repair, "backup.estimate": estimate,
+               "backup.begin": begin, "backup.read": read, "backup.commit": commit,
+               "restore.begin": restore_begin,
                "restore.write": restore_write, "restore.finish": restore_finish}
     for line in IN:
         request = json.loads(line.decode())

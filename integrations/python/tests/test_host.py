@@ -1,5 +1,6 @@
 """The host's command line against a plugin that plays a VM, and that misbehaves."""
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -65,6 +66,19 @@ class Rounds(WithVm):
         self.assertIn("base_mismatch", self.backup())
         self.assert_restores()
 
+    def test_a_manifest_that_does_not_know_the_point_in_time_goes_by_its_name(self):
+        self.backup()
+        path = os.path.join(self.store, self.folders()[0], "backup.json")
+        with open(path) as file:
+            manifest = json.load(file)
+        for disk in manifest["disks"]:
+            self.assertTrue(disk.pop("checkpoint_id"))
+        with open(path, "w") as file:
+            json.dump(manifest, file)
+        self.guest_writes("disk0", b"new", at=70000)
+        self.assertNotRegex(self.backup(), FULL)
+        self.assert_restores()
+
     def test_what_the_vm_remembers_is_shown_and_repaired(self):
         self.backup()
         self.guest_writes("disk0@another+checkpoint", b"x")
@@ -76,25 +90,42 @@ class Rounds(WithVm):
         self.assertRegex(mine, r"(?m)^disk0 +%s +\w+ +usable" % name)
         self.assertNotIn("another", mine)
         self.assertRegex(ask("checkpoints", "--all"), r"(?m)^disk0 +checkpoint +another +usable")
-        self.assertIn("disk0: still a base: " + name, ask("repair", "--to", self.store))
+        out = ask("repair", "--to", self.store)
+        self.assertIn("nothing had to be removed", out)
+        self.assertIn("disk0: still a base: " + name, out)
+        self.assertRegex(out, r"(?s)the next backup:.*\ndisk0 .* incremental ")
         out = ask("repair", "--to", self.store, fault="inconsistent")
         self.assertIn("disk1: removed: bitmap of " + name, out)
-        self.assertIn("disk1: no base, the next backup from it is full: %s (inconsistent)" % name, out)
+        self.assertIn("disk1: lost, a backup from it is full: %s (inconsistent)" % name, out)
+        self.assertRegex(out, r"(?s)the next backup:.*\ndisk0 .* full +bitmap_lost ")
         self.assertIn("disk1: somebody else's, untouched: theirs", out)
-        self.assertIn("a backup is open in QEMU: b7", out)
+        self.assertIn("a backup is open in QEMU (its plugin runs, or was killed): b7", out)
         self.assertEqual(self.checkpoints("disk0"), ["another+checkpoint"])
-        self.assertIn("could not be removed: stuck", ask("repair", "--all", fault="stuck", status=1))
+        out = ask("repair", "--all", fault="stuck", status=1)
+        self.assertIn("disk0: could not be removed: stuck", out)
+        self.assertNotIn("next backup:", out)
         self.assertIn("bitmap_lost", self.backup())
 
     def test_an_estimate(self):
-        self.backup()
+        one, other = "11111111-0000-0000-0000-000000000000", "2" * 36
 
         def estimate(*arguments, **more):
-            return self.host("estimate", "--qmp", "/vm.sock", "--to", self.store, *arguments, **more)
-        self.assertRegex(estimate(), r"(?m)^disk0 +390.7 KiB +incremental +- +4.0 KiB")
-        self.assertRegex(estimate("--full", "--disk", "disk1"), r"(?m)^disk1 +146.5 KiB +full +no base")
+            return self.host("estimate", "--qmp", "/vm.sock", "--to", self.store, *arguments,
+                             FAKE_UUID=one, **more)
+        first = r"(?m)^disk1 +146.5 KiB +full +no base +4.0 KiB +146.5 KiB$"
+        self.assertRegex(estimate(), first)
+        self.assertFalse(os.path.exists(self.store), "it makes nothing")
+        self.backup(FAKE_UUID=one)
+        self.guest_writes("cd0", bytes(100))
+        out = estimate()
+        self.assertRegex(out, r"(?m)^disk0 +390.7 KiB +incremental +- +4.0 KiB +390.7 KiB$")
+        self.assertIn("left out: cd0 (read_only)", out)
+        self.assertRegex(estimate("--full", "--disk", "disk1"), first)
         self.assertIn("base_inconsistent", estimate(fault="inconsistent"))
+        self.assertIn(" full  a_later_reason ", estimate(fault="later_reason"))
         self.assertEqual(len(self.folders()), 1)
+        one = other
+        self.assertIn("store of the VM", estimate(status=1))
 
     def test_one_disk_alone_does_not_cost_the_other_its_base(self):
         self.backup()
@@ -107,7 +138,10 @@ class Rounds(WithVm):
 
     def test_excluded_disks_are_left_out_and_unknown_ones_refused(self):
         self.guest_writes("cd0", bytes(100))
-        self.assertNotIn("cd0", self.backup())
+        out = self.backup()
+        self.assertIn("left out: cd0 (read_only)", out)
+        self.assertNotRegex(out, "(?m)^cd0")
+        self.assertNotIn("cd0", self.backup("--disk", "disk0"))
         self.assertIn("no disk disk7", self.backup("--disk", "disk7", status=1))
 
     def test_a_full_says_why(self):

@@ -162,7 +162,8 @@ class Manifests(unittest.TestCase):
 
         def base(disk, *known, **more):
             found = self.store.base_for(
-                disk, [dict({"health": "usable", "checkpoint": point[name]}, **more) for name in known])
+                disk, [dict({"health": "usable", "checkpoint": point[name]}, **more)
+                       for name in known])
             return found.name if found else None
         self.assertEqual(base("a", one, two, three), three)
         self.assertEqual(base("a", one, two), two)
@@ -172,6 +173,23 @@ class Manifests(unittest.TestCase):
         self.assertIsNone(base("c", one))
         os.unlink(self.store.backup(two).stream_path("a"))
         self.assertEqual(base("a", one, two, three), one, "what builds on a lost stream is lost")
+
+    def test_what_the_vm_may_forget(self):
+        one = self.add(a=None, b=None)
+        two = self.add(a=one, b=one)
+        new = self.store.new()
+
+        def known(**health):
+            return [{"checkpoint": name, "health": how} for name, how in health.items()]
+
+        def forgotten(bases, **disks):
+            return backup.superseded(self.store, disks, new, bases)
+        there = known(**{one: "usable", two: "usable"})
+        self.assertEqual(forgotten(["a", "b"], a=there, b=there), [one, two])
+        self.assertEqual(forgotten(["a"], a=there, b=there), [one], "b builds on the other")
+        odd = known(**{one: "on_backing_image", two: "inconsistent", "x": "foreign",
+                       "y": "missing"})
+        self.assertEqual(forgotten(["a"], a=odd), [two])
 
     def test_pruning_never_takes_a_base(self):
         one = self.add(a=None, b=None)
