@@ -27,7 +27,6 @@ use crate::change;
 use crate::checkpoint::{GRANULARITY, Id, Name};
 use crate::error::{Error, Kind, Result};
 use crate::plan::{self, DiskPlan, Wish};
-use crate::qemu::discover::Disk;
 use crate::qemu::query::{self, Version};
 use crate::qemu::step::{self, Instant, Lasting, Names};
 use crate::qemu::{Event, Qmp, Schema, discover};
@@ -242,20 +241,20 @@ impl Session {
         disks: Option<&[String]>,
         delete: &[Name],
     ) -> (Vec<String>, Vec<String>) {
-        let disks: Vec<Disk> = self
-            .stored(disks)
-            .map(|disk| disk.plan.disk.clone())
-            .collect();
         let (mut deleted, mut leftovers) = (Vec::new(), Vec::new());
         let mut actions = Vec::new();
-        for name in delete {
-            match change::delete(&disks, None, &self.chain, std::slice::from_ref(name)) {
-                Ok((names, change)) => {
-                    deleted.extend(names);
-                    actions.extend(change.actions);
+        // Disk by disk: what cannot go on one goes on the others.
+        for disk in self.stored(disks) {
+            let disk = std::slice::from_ref(&disk.plan.disk);
+            for name in delete {
+                match change::delete(disk, None, &self.chain, std::slice::from_ref(name)) {
+                    Ok((names, change)) => {
+                        deleted.extend(names);
+                        actions.extend(change.actions);
+                    }
+                    Err(error) if error.kind() == Kind::UnknownCheckpoint => {}
+                    Err(error) => leftovers.push(format!("checkpoint {name}: {}", error.chain())),
                 }
-                Err(error) if error.kind() == Kind::UnknownCheckpoint => {}
-                Err(error) => leftovers.push(format!("checkpoint {name}: {}", error.chain())),
             }
         }
         if actions.is_empty() {

@@ -286,7 +286,7 @@ pub struct RepairedDisk {
     /// Checkpoints that cannot serve as base here, and why: a backup from one of them is full.
     pub lost: Vec<CheckpointInfo>,
     /// Checkpoints that can serve as base.
-    pub usable: Vec<String>,
+    pub usable: Vec<CheckpointInfo>,
     /// Bitmaps of others: untouched.
     pub foreign: Vec<String>,
     /// Bitmaps of ours that should have gone and could not be removed, with the reason.

@@ -162,7 +162,7 @@ fn all_others() -> Vec<String> {
         "checkpoints": [checkpoint, {"checkpoint": "b", "health": "missing", "chain": "c"}]});
     let estimate = json!({"disk": "d", "size": 1, "planned": "incremental", "mode": "full", "reason": "bitmap_lost",
         "changed_bytes": 1, "read_bytes": 1});
-    let repaired = json!({"disk": "d", "removed": ["x"], "lost": [checkpoint], "usable": ["a"], "foreign": ["f"],
+    let repaired = json!({"disk": "d", "removed": ["x"], "lost": [checkpoint], "usable": [checkpoint], "foreign": ["f"],
         "leftovers": ["l"]});
     let bare = json!({"disk": "d", "node": "n", "format": "raw", "file": null, "size": 1, "qdev": null,
         "iothread": null, "tracking": "transient", "excluded": null});

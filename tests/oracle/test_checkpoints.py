@@ -348,6 +348,20 @@ class Checkpoints(support.Test):
         self.write("write -P 7 2M 64K")
         self.incremental("new", base="new")
 
+    def test_a_commit_deletes_where_it_can(self):
+        """An old checkpoint that cannot go on one disk goes on the other."""
+        self.create("one")
+        snapshot = {"node-name": "a", "snapshot-file": str(self.path("o.qcow2")), "snapshot-node-name": "o"}
+        self.rig.qmp.command("blockdev-snapshot-sync", snapshot)
+        backup = Backup(self.plugin, self.rig.monitor, checkpoint="two")
+        backup.read_all(self.rig)
+        result = backup.commit(delete_checkpoints=["one"])
+        self.assertEqual(["dev-b/one"], result["deleted"])
+        (left,) = result["leftovers"]
+        self.assertIn("dev-a", left)
+        self.assertEqual({"dev-a": {"one": "on_backing_image", "two": "usable"}, "dev-b": {"two": "usable"}},
+                         self.rig.health(self.plugin))
+
     # --- beside a backup --------------------------------------------------------------
 
     def test_checkpoints_can_be_changed_while_a_backup_is_open(self):
@@ -382,7 +396,8 @@ class Checkpoints(support.Test):
         self.rig.qmp.command("block-dirty-bitmap-add", {"node": "a", "name": "theirs"})
         first = {disk["disk"]: disk for disk in self.call("repair")["disks"]}
         self.assertEqual({"qf-abcdefghij-0-new", "qf-abcdefghij-0-inc"}, set(first["dev-a"]["removed"]))
-        self.assertEqual((["one"], ["theirs"]), (first["dev-a"]["usable"], first["dev-a"]["foreign"]))
+        self.assertEqual(["one"], [each["checkpoint"] for each in first["dev-a"]["usable"]])
+        self.assertEqual(["theirs"], first["dev-a"]["foreign"])
         self.assertEqual([], support.ours(self.rig.qmp))
         before = self.bitmaps()
         again = {disk["disk"]: disk for disk in self.call("repair")["disks"]}

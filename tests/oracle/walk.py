@@ -339,7 +339,7 @@ class Walk:
             for key in gone:
                 del disk.checkpoints[key]
             usable = {key[1] for key, each in disk.checkpoints.items() if key[0] == chain and each.health == "usable"}
-            self.test.assertEqual(usable, set(told["usable"]))
+            self.test.assertEqual(usable, {each["checkpoint"] for each in told["usable"]})
 
     def step_plugin(self):
         self.plugin.close()

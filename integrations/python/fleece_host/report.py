@@ -132,9 +132,11 @@ def repair_lines(answer):
     if not any(disk["removed"] or disk["leftovers"] for disk in answer["disks"]):
         yield "nothing had to be removed"
     for disk in answer["disks"]:
-        for what in ("removed", "leftovers", "usable", "foreign"):
+        for what in ("removed", "leftovers", "foreign"):
             for name in disk[what]:
                 yield "%s: %s: %s" % (disk["disk"], REPAIRED[what], name)
+        for each in disk["usable"]:
+            yield "%s: still a base: %s (%s)" % (disk["disk"], each["checkpoint"], each["chain"])
         for each in disk["lost"]:
             yield "%s: lost, a backup from it is full: %s (%s)" % (
                 disk["disk"], each["checkpoint"], each["health"])
@@ -142,7 +144,7 @@ def repair_lines(answer):
         yield "a backup is open in QEMU (its plugin runs, or was killed): %s" % backup
 
 
-REPAIRED = {"removed": "removed", "leftovers": "could not be removed", "usable": "still a base",
+REPAIRED = {"removed": "removed", "leftovers": "could not be removed",
             "foreign": "somebody else's, untouched"}
 
 

@@ -99,7 +99,7 @@ def repair(request, params):
         lost = [each for each in of_chain(disk, params) if each["health"] != "usable"]
         for each in lost:
             os.unlink(image(disk, each["chain"] + "+" + each["checkpoint"]))
-        usable = [each["checkpoint"] for each in of_chain(disk, params)]
+        usable = of_chain(disk, params)
         removed = ["bitmap of " + each["checkpoint"] for each in lost]
         answer.append({"disk": disk, "removed": removed, "lost": lost, "usable": usable,
                        "foreign": ["theirs"],

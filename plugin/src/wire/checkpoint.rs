@@ -145,7 +145,7 @@ fn to_repaired_disk(repaired: &Repaired, disk: &Disk, entries: &[Entry<'_>]) -> 
         match entry {
             Entry::Foreign(bitmap) => foreign.push(bitmap.name.clone()),
             Entry::Ours(found) if found.health == EngineHealth::Usable => {
-                usable.push(found.checkpoint.name.to_string());
+                usable.push(to_found(disk, found));
             }
             entry => lost.push(to_entry(disk, entry)),
         }
