@@ -3,7 +3,7 @@
 from .guest import MIB
 from .life import BASE, SIZE, Layered
 from .qmp import QmpError
-from .support import QEMU_7_2, Backup, Rig, Vm, make_image, virtio
+from .support import QEMU_7_2, Backup, Rig, Vm, Wire, make_image, virtio
 
 
 class OpenBackup(Layered):
@@ -171,6 +171,24 @@ class OpenBackup(Layered):
         self.assertEqual([], self.left())
         self.assertEqual([BASE], [each["checkpoint"] for each in self.call("checkpoint.repair")["disks"][0]["lost"]])
         self.next_is({"dev-a": "bitmap_lost"}, ids=True)
+
+    def test_the_plugin_is_killed(self):
+        """What it leaves in QEMU is named, and costs neither base nor guest; a restart ends it."""
+        wire = Wire(self.rig.command())
+        params = {"monitor": self.rig.monitor, "base": BASE, "checkpoint": "tuesday"}
+        lost = wire.call("backup.begin", params)["backup"]
+        wire.process.kill()
+        wire.close()
+        self.assertEqual({"dev-a": "usable"}, self.health())
+        self.assertEqual([lost], self.call("checkpoint.repair")["open_backups"])
+        with self.rig.plugin() as plugin:
+            self.assertEqual("dev-a", self.refused("disk_excluded", plugin, "backup.begin", params)["disk"])
+        self.more(10)
+        self.quit()
+        self.boot()
+        self.more(12)
+        self.next_is({"dev-a": None}, ids=True)
+        self.assertNotIn("tuesday", self.listed()["dev-a"])
 
 
 class OpenBackupIn72(OpenBackup):

@@ -1,8 +1,8 @@
 """External snapshots, commits and streams by somebody else, between two backups."""
 
 from .guest import MIB
-from .life import BASE, Layered
-from .support import QEMU_7_2
+from .life import BASE, SIZE, Layered
+from .support import QEMU_7_2, make_image
 
 
 class Snapshots(Layered):
@@ -92,6 +92,24 @@ class Snapshots(Layered):
         self.job("block-stream", device="o")
         self.next_is({"dev-a": "base_missing"})
         self.next_is({"dev-a": "bitmap_lost"}, ids=True)
+
+    def test_mirrored_to_another_image(self):
+        for copied in (False, True):
+            with self.subTest(copied=copied):
+                node = self.devices()["dev-a"][1]
+                target = f"m{copied}"
+                make_image(self.image(target), "qcow2", SIZE)
+                file = {"driver": "file", "filename": str(self.image(target)), "discard": "unmap"}
+                self.rig.qmp.command("blockdev-add", {"driver": "qcow2", "node-name": target, "file": file})
+                for name in self.bitmaps(node) if copied else []:
+                    bitmap = {"node": target, "name": name, "persistent": True}
+                    self.rig.qmp.command("block-dirty-bitmap-add", bitmap)
+                self.job("blockdev-mirror", ready=True, device=node, target=target, sync="full")
+                self.assertEqual(target, self.devices()["dev-a"][1])
+                self.next_is({"dev-a": "base_mismatch" if copied else "bitmap_lost"}, ids=True)
+                if copied:
+                    self.call("checkpoint.delete", checkpoints=[BASE])
+                self.full()
 
 
 class SnapshotsIn72(Snapshots):
