@@ -516,7 +516,9 @@ class Walk:
 
     @staticmethod
     def expected(disk, checkpoint):
-        granules = {unit // (checkpoint.granularity // UNIT) for unit in checkpoint.dirty}
+        # A coarse granule at the disk's end reaches behind it; merged into finer ones it does not.
+        units = [unit for unit in checkpoint.dirty if unit * UNIT < len(disk.now)]
+        granules = {unit // (checkpoint.granularity // UNIT) for unit in units}
         dirty = min(len(granules) * checkpoint.granularity, len(disk.now))
         return (
             checkpoint.health,
