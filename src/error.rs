@@ -65,14 +65,24 @@ pub enum Kind {
     PointInTimeLost,
     /// The offset was given back to QEMU, or never was a place to resume from.
     OffsetReleased,
-    /// The disk is being read already.
+    /// The disk is being read or pushed already.
     StreamActive,
-    /// A disk that is to be committed was not read to its end.
+    /// A disk that is to be committed was not read to its end, pushed or exported.
     Incomplete,
-    /// The restore's target exists already.
+    /// The target of a restore or push exists already.
     TargetExists,
-    /// The restore's target cannot be made or written.
+    /// The target of a restore or push cannot be made or written, or is full.
     TargetUnwritable,
+    /// The push target cannot be connected to, or does not greet.
+    TargetUnreachable,
+    /// QEMU cannot use the push target.
+    TargetRefused,
+    /// The push target cannot hold this disk.
+    TargetMismatch,
+    /// Writing to the push target failed.
+    TargetFailed,
+    /// The push target took nothing for too long.
+    TargetTimeout,
     /// `qemu-storage-daemon` cannot be started or ended early.
     StorageDaemonFailed,
     /// The record stream to restore contradicts itself, its checks or its chain.

@@ -22,6 +22,8 @@ pub struct Wish {
     pub checkpoint: Option<Name>,
     /// Fail where a base cannot serve, instead of going full.
     pub strict: bool,
+    /// Keep what did not change since the base readable.
+    pub keep_unchanged: bool,
 }
 
 /// A disk that the host asks for.

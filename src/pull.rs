@@ -10,16 +10,17 @@
 //! replies always find room, whatever the consumer does with the chunks.
 
 use std::collections::VecDeque;
-use std::ops::Deref;
 use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
 use crate::buffer::{Buffer, Pool};
+use crate::chunk::{Chunk, Chunks};
 use crate::error::{Error, Kind, Result};
-use crate::extent::{Content, Extent, Range, length, next_cut, split_zeros};
-use crate::nbd::{Client, Ticket, status};
-use crate::view::{Cursor, READ_MAX, View};
+use crate::extent::{Content, Extent, Range, length, next_cut};
+use crate::nbd::Ticket;
+use crate::view::{READ_MAX, View};
+use crate::walk::Walk;
 
 /// Reads under way at a time.
 const READS: usize = 8;
@@ -36,30 +37,6 @@ const RELEASE_READ: u64 = 8 * 1024 * 1024;
 /// or how much of the disk is passed: each TRIM is a round trip.
 const RELEASE_PASSED: u64 = 256 * 1024 * 1024;
 
-/// Bytes of a chunk; clones and slices share the buffer.
-#[derive(Clone, Debug)]
-pub struct Slice {
-    buffer: Arc<Buffer>,
-    range: std::ops::Range<usize>,
-}
-
-impl Deref for Slice {
-    type Target = [u8];
-
-    fn deref(&self) -> &[u8] {
-        &self.buffer[self.range.clone()]
-    }
-}
-
-/// A piece of the disk. Chunks are contiguous and never empty.
-#[derive(Clone, Debug)]
-pub struct Chunk {
-    /// Where, and what it holds. Data never crosses a multiple of the stream's cut.
-    pub extent: Extent,
-    /// The bytes, of data.
-    pub bytes: Option<Slice>,
-}
-
 #[derive(Debug)]
 enum Slot {
     Known(Extent),
@@ -72,22 +49,13 @@ pub struct Pull {
     view: Arc<View>,
     cancel: CancellationToken,
     release_on_read: bool,
-    cut: u64,
     read_max: u64,
-    ask_allocation: bool,
     pool: Pool,
-    data: Client,
-    changes: Option<Client>,
-    /// Walks the changes, in an incremental; the allocation, in a full.
-    outer: Cursor,
-    /// Walks the allocation of one changed range.
-    inner: Option<Cursor>,
+    walk: Walk,
     to_read: Range,
     slots: VecDeque<Slot>,
     reading: usize,
-    /// The last known piece, as long as the next may still lengthen it.
-    held: Option<Extent>,
-    out: VecDeque<Chunk>,
+    chunks: Chunks,
     handed: u64,
     read_bytes: u64,
     /// `read_bytes` when something was last given back.
@@ -114,32 +82,29 @@ impl Pull {
         cancel: CancellationToken,
     ) -> Result<Self> {
         view.start(offset)?;
-        let connected = async { Ok((view.connect_data().await?, view.connect_changes().await?)) };
-        let (data, changes) = match connected.await {
-            Ok(clients) => clients,
+        // One read tells as much as asking first, in one round trip.
+        let walk = match Walk::open(&view, offset, READ_MAX).await {
+            Ok(walk) => walk,
             Err(error) => {
                 view.stop(false);
+                if cancel.is_cancelled() {
+                    return Err(cancelled());
+                }
                 return Err(view.explain(error).await);
             }
         };
-        let (read_max, ask_allocation) = view.read_max();
+        let (read_max, _) = view.read_max();
         Ok(Self {
             read_max,
-            ask_allocation,
-            outer: Cursor::new(offset..view.size()),
             view,
             cancel,
             release_on_read,
-            cut: READ_MAX,
             pool: Pool::new(BUFFERS),
-            data,
-            changes,
-            inner: None,
+            walk,
             to_read: 0..0,
             slots: VecDeque::new(),
             reading: 0,
-            held: None,
-            out: VecDeque::new(),
+            chunks: Chunks::new(READ_MAX),
             handed: offset,
             read_bytes: 0,
             released_at: 0,
@@ -150,7 +115,7 @@ impl Pull {
     /// Data chunks shall not cross a multiple of `cut`: a power of two up to [`READ_MAX`].
     #[must_use]
     pub fn cut_at(mut self, cut: u64) -> Self {
-        self.cut = cut;
+        self.chunks = Chunks::new(cut);
         self
     }
 
@@ -173,7 +138,6 @@ impl Pull {
     /// [`Kind::Cancelled`], [`Kind::PointInTimeLost`], NBD's. The stream is over then.
     pub async fn next(&mut self) -> Result<Option<Chunk>> {
         let cancel = self.cancel.clone();
-        let cancelled = || Error::new(Kind::Cancelled, "reading a disk");
         let found = tokio::select! {
             biased;
             () = cancel.cancelled() => return Err(cancelled()),
@@ -194,20 +158,20 @@ impl Pull {
             self.give_back(RELEASE_PASSED).await;
         }
         loop {
-            if let Some(chunk) = self.out.pop_front() {
+            if let Some(chunk) = self.chunks.pop() {
                 self.handed = chunk.extent.range.end;
                 return Ok(Some(chunk));
             }
             self.fill().await?;
             match self.slots.pop_front() {
-                Some(Slot::Known(extent)) => self.known(extent),
+                Some(Slot::Known(extent)) => self.chunks.known(extent),
                 Some(Slot::Reading(range, ticket)) => {
                     self.reading -= 1;
                     let buffer = ticket.await?;
                     self.read_bytes += length(&range);
-                    self.bytes(range.start, buffer);
+                    self.chunks.bytes(range.start, buffer);
                 }
-                None if self.held.is_some() => self.flush(),
+                None if self.chunks.flush() => {}
                 None => {
                     self.complete = true;
                     self.give_back(1).await;
@@ -227,7 +191,7 @@ impl Pull {
     async fn fill(&mut self) -> Result<()> {
         while self.reading < READS && self.slots.len() < SLOTS {
             if self.to_read.is_empty() {
-                match self.plan().await? {
+                match self.walk.next().await? {
                     None => return Ok(()),
                     Some(Extent {
                         range,
@@ -248,103 +212,15 @@ impl Pull {
                 // What is under way comes first.
                 None => return Ok(()),
             };
-            let ticket = self.data.submit_read(start, buffer).await?;
+            let ticket = self.walk.data().submit_read(start, buffer).await?;
             self.slots.push_back(Slot::Reading(start..end, ticket));
             self.reading += 1;
             self.to_read.start = end;
         }
         Ok(())
     }
+}
 
-    /// The next piece of the disk, by offset.
-    async fn plan(&mut self) -> Result<Option<Extent>> {
-        let allocation = |(range, flags)| Extent {
-            range,
-            content: status::content(flags),
-        };
-        let data = |range| Extent {
-            range,
-            content: Content::Data,
-        };
-        if let Some(inner) = &mut self.inner {
-            if let Some(found) = inner.next(&self.data).await? {
-                return Ok(Some(allocation(found)));
-            }
-            self.inner = None;
-        }
-        let Some(changes) = &self.changes else {
-            if !self.ask_allocation {
-                return Ok(self.outer.rest().map(data));
-            }
-            return Ok(self.outer.next(&self.data).await?.map(allocation));
-        };
-        match self.outer.next(changes).await? {
-            None => Ok(None),
-            Some((range, flags)) if !status::is_dirty(flags) => Ok(Some(Extent {
-                range,
-                content: Content::Same,
-            })),
-            // One read tells as much as asking first, in one round trip.
-            Some((range, _)) if length(&range) <= READ_MAX || !self.ask_allocation => {
-                Ok(Some(data(range)))
-            }
-            Some((range, _)) => {
-                let mut inner = Cursor::new(range);
-                let first = inner.next(&self.data).await?.map(allocation);
-                self.inner = Some(inner);
-                Ok(first)
-            }
-        }
-    }
-
-    /// A piece without bytes: lengthens the one before, or follows it.
-    fn known(&mut self, extent: Extent) {
-        match &mut self.held {
-            Some(held) if held.content == extent.content => held.range.end = extent.range.end,
-            _ => {
-                self.flush();
-                self.held = Some(extent);
-            }
-        }
-    }
-
-    fn flush(&mut self) {
-        if let Some(extent) = self.held.take() {
-            self.out.push_back(Chunk {
-                extent,
-                bytes: None,
-            });
-        }
-    }
-
-    /// Bytes that were read: zeros among them are told as such.
-    fn bytes(&mut self, offset: u64, buffer: Buffer) {
-        let runs = split_zeros(offset, &buffer);
-        let buffer = Arc::new(buffer);
-        for run in runs {
-            if run.content != Content::Data {
-                self.known(run);
-                continue;
-            }
-            self.flush();
-            let mut at = run.range.start;
-            while at < run.range.end {
-                let end = next_cut(at, self.cut, run.range.end);
-                let index = |place: u64| usize::try_from(place - offset).unwrap_or(usize::MAX);
-                let slice = Slice {
-                    buffer: Arc::clone(&buffer),
-                    range: index(at)..index(end),
-                };
-                let extent = Extent {
-                    range: at..end,
-                    content: Content::Data,
-                };
-                self.out.push_back(Chunk {
-                    extent,
-                    bytes: Some(slice),
-                });
-                at = end;
-            }
-        }
-    }
+fn cancelled() -> Error {
+    Error::new(Kind::Cancelled, "reading a disk")
 }

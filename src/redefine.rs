@@ -9,11 +9,13 @@ use crate::error::{Error, Kind, Result};
 use crate::extent::Range;
 use crate::join::{self, Changes, Point};
 use crate::manage::{self, Listed, Subject};
+use crate::nbd::Address;
 use crate::paint::{self, Canvas};
 use crate::plan;
 use crate::qemu::Qmp;
 use crate::qemu::discover::{self, Disk};
 use crate::qemu::step::Names;
+use crate::server::Server;
 use crate::session::{new_id, random_id};
 use crate::teardown::Teardown;
 
@@ -41,19 +43,48 @@ pub enum Changed {
     Ranges(Vec<Range>),
 }
 
+/// A bitmap that is to be painted for a disk.
+#[derive(Debug)]
+struct Painting {
+    names: Names,
+    disk: String,
+    size: u64,
+    granularity: u64,
+    ranges: Vec<Range>,
+}
+
+impl Painting {
+    async fn paint(self, qmp: &Qmp, address: &Address, teardown: &mut Teardown) -> Result<()> {
+        let canvas = Canvas::open(
+            qmp,
+            &self.names,
+            self.size,
+            self.granularity,
+            address,
+            teardown,
+        );
+        let mut canvas = canvas.await?;
+        for range in self.ranges {
+            canvas.paint(range).await?;
+        }
+        canvas.finish().await
+    }
+}
+
 /// Makes a checkpoint, or makes it anew, on the disks of `words`.
 ///
 /// # Errors
-/// Those of [`join::redefine`] and [`paint::paint`]; [`Kind::InvalidRequest`] for no
-/// disk; as [`manage::create`]. With [`Error::leftovers`] where something could not be
+/// Those of [`join::redefine`] and [`Canvas`]; [`Kind::InvalidRequest`] for no disk, or a
+/// range that lies in none; [`Kind::NbdServerBusy`]; as [`manage::create`]. With [`Error::leftovers`] where something could not be
 /// taken away again.
 pub async fn redefine(
     qmp: &Qmp,
+    server: &Server,
+    runtime_dir: &Path,
     chain: &Name,
     name: &Name,
     words: &[Word],
     granularity: Option<u64>,
-    runtime_dir: &Path,
 ) -> Result<Listed> {
     let disks = discover::disks(qmp).await?;
     let subject = Subject {
@@ -61,10 +92,17 @@ pub async fn redefine(
         disks: Some(words.iter().map(|word| word.disk.clone()).collect()),
     };
     let session = random_id();
-    let (change, canvases) = plan(&disks, &subject, name, words, granularity, &session)?;
+    let (change, paintings) = plan(&disks, &subject, name, words, granularity, &session)?;
     let mut teardown = Teardown::default();
     let done = async {
-        paint::paint(qmp, &session, &canvases, runtime_dir, &mut teardown).await?;
+        if !paintings.is_empty() {
+            let address = server.join(qmp, runtime_dir, &mut teardown).await?;
+            for painting in paintings {
+                let disk = painting.disk.clone();
+                let painted = painting.paint(qmp, &address, &mut teardown).await;
+                painted.map_err(|error| error.on_disk(disk))?;
+            }
+        }
         manage::apply(qmp, &subject, name, change).await
     };
     let done = done.await;
@@ -82,7 +120,7 @@ fn plan(
     words: &[Word],
     granularity: Option<u64>,
     session: &str,
-) -> Result<(Change, Vec<Canvas>)> {
+) -> Result<(Change, Vec<Painting>)> {
     let ids: Vec<&str> = words.iter().map(|word| word.disk.as_str()).collect();
     let chosen = plan::choose(disks, Some(&ids), Disk::is_trackable)?;
     if chosen.is_empty() {
@@ -92,22 +130,25 @@ fn plan(
     }
     let made = manage::made(subject, name);
     let mut change = Change::default();
-    let mut canvases = Vec::new();
+    let mut paintings = Vec::new();
     for (index, (disk, word)) in chosen.into_iter().zip(words).enumerate() {
         let ranges = match &word.changed {
             Changed::Recorded => None,
             Changed::All => Some(Vec::from_iter((disk.size > 0).then_some(0..disk.size))),
             Changed::Ranges(ranges) => Some(ranges.clone()),
         };
-        let canvas = ranges.map(|ranges| Canvas {
+        for range in ranges.iter().flatten() {
+            paint::check(range, disk.size).map_err(|error| error.on_disk(disk.id.clone()))?;
+        }
+        let painting = ranges.map(|ranges| Painting {
             names: Names::new(session, index),
             disk: disk.id.clone(),
             size: disk.size,
             granularity: granularity.unwrap_or(GRANULARITY),
             ranges,
         });
-        let changes = canvas.as_ref().map_or(Changes::Recorded, |canvas| {
-            Changes::Painted(canvas.names.canvas(), paint::BITMAP.to_owned())
+        let changes = painting.as_ref().map_or(Changes::Recorded, |painting| {
+            Changes::Painted(painting.names.canvas(), paint::BITMAP.to_owned())
         });
         let point = Point {
             id: word.id.clone().unwrap_or_else(new_id),
@@ -117,7 +158,7 @@ fn plan(
             disk,
             join::redefine(disk, &made, point, &changes, granularity)?,
         );
-        canvases.extend(canvas);
+        paintings.extend(painting);
     }
-    Ok((change, canvases))
+    Ok((change, paintings))
 }

@@ -9,8 +9,7 @@
 //! stream: what is written here is taken for true.
 
 use std::collections::VecDeque;
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -19,6 +18,7 @@ use serde_json::json;
 use crate::buffer::Pool;
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Range, length, next_cut};
+use crate::image::{self, Format, publish, unwritable};
 use crate::nbd::{Address, Client, Ticket};
 use crate::qemu::job;
 use crate::session::random_id;
@@ -35,15 +35,6 @@ const NBD_DEADLINE: Duration = Duration::from_secs(120);
 
 /// How long it gets to make an empty image.
 const CREATE_DEADLINE: Duration = Duration::from_secs(60);
-
-/// The target's image format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// The disk's bytes as they are, sparse.
-    Raw,
-    /// QEMU's format, version 3.
-    Qcow2,
-}
 
 /// What is to be made, and with what.
 #[derive(Clone, Debug)]
@@ -100,13 +91,7 @@ impl Restore {
     /// [`Kind::StorageDaemonFailed`]; nothing is left then.
     pub async fn begin(target: Target, daemon: &Path, runtime_dir: &Path) -> Result<Self> {
         let id = random_id();
-        let partial = partial_path(&target.path, &id)?;
-        if target.path.symlink_metadata().is_ok() {
-            return Err(Error::new(
-                Kind::TargetExists,
-                format!("restoring to {}", target.path.display()),
-            ));
-        }
+        let partial = image::partial_path(&target.path, &id)?;
         let files = Files {
             partial,
             private: runtime_dir.join(format!("qf-{id}")),
@@ -118,12 +103,7 @@ impl Restore {
     }
 
     async fn open(target: Target, files: &Files, program: &Path) -> Result<Self> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&files.partial)
-            .map_err(|error| unwritable(&target.path, error))?;
+        let file = image::create(&files.partial, &target.path)?;
         if target.format == Format::Raw {
             file.set_len(target.size)
                 .map_err(|error| unwritable(&target.path, error))?;
@@ -274,34 +254,6 @@ impl Restore {
     }
 }
 
-fn partial_path(target: &Path, id: &str) -> Result<PathBuf> {
-    let invalid = |why: &'static str| {
-        Error::new(
-            Kind::InvalidRequest,
-            format!("restoring to {}", target.display()),
-        )
-        .because(why)
-    };
-    if !target.is_absolute() {
-        return Err(invalid("the path is not absolute"));
-    }
-    let (Some(dir), Some(name)) = (target.parent(), target.file_name()) else {
-        return Err(invalid("the path names no file"));
-    };
-    let name = name
-        .to_str()
-        .ok_or_else(|| invalid("the name is not UTF-8"))?;
-    Ok(dir.join(format!(".{name}.qf-{id}.partial")))
-}
-
-fn unwritable(path: &Path, error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
-    Error::new(
-        Kind::TargetUnwritable,
-        format!("writing {}", path.display()),
-    )
-    .because(error)
-}
-
 async fn open_image(
     daemon: &StorageDaemon,
     target: &Target,
@@ -360,36 +312,4 @@ async fn close_image(daemon: &StorageDaemon) -> Result<()> {
         return Ok(());
     }
     Err(Error::new(Kind::TargetUnwritable, "closing the image").because(failures.join("; ")))
-}
-
-/// Gives the image its name, on stable storage, unless something has it by now.
-async fn publish(partial: PathBuf, target: PathBuf) -> Result<()> {
-    // Syncing a large image takes its time, in which others must go on.
-    let named = tokio::task::spawn_blocking(move || name(&partial, &target)).await;
-    named.unwrap_or_else(|panic| Err(Error::new(Kind::Internal, "naming an image").because(panic)))
-}
-
-fn name(partial: &Path, target: &Path) -> Result<()> {
-    let dir = target.parent().unwrap_or(Path::new("/"));
-    let sync = |path: &Path| {
-        File::open(path)
-            .and_then(|file| file.sync_all())
-            .map_err(|error| unwritable(target, error))
-    };
-    sync(partial)?;
-    let renamed = rustix::fs::renameat_with(
-        rustix::fs::CWD,
-        partial,
-        rustix::fs::CWD,
-        target,
-        rustix::fs::RenameFlags::NOREPLACE,
-    );
-    match renamed {
-        Ok(()) => sync(dir),
-        Err(rustix::io::Errno::EXIST) => Err(Error::new(
-            Kind::TargetExists,
-            format!("restoring to {}", target.display()),
-        )),
-        Err(error) => Err(unwritable(target, std::io::Error::from(error))),
-    }
 }

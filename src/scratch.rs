@@ -7,17 +7,14 @@
 //! elsewhere it has one until QEMU has opened it.
 
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use qapi::qmp::remove_fd;
 use rustix::fs::{Mode, OFlags};
-use serde::Deserialize;
-use serde_json::json;
 
 use crate::error::{Error, Kind, Result};
+use crate::file_node::{self, Way};
 use crate::qemu::step::{self, Names};
 use crate::qemu::{Qmp, job};
 use crate::teardown::{Teardown, Undo};
@@ -44,35 +41,22 @@ impl Scratch {
         dir: &Path,
         teardown: &mut Teardown,
     ) -> Result<Self> {
+        let node = names.scratch_file();
+        let options = |filename: &str| step::scratch_file(names, filename);
         let file = if qmp.can_pass_fds() {
             let file = unnamed_file(dir)?;
-            let set = add_fd(qmp, &file, names).await?;
-            teardown.push(Undo::FdSet { id: set });
-            teardown.push(Undo::Node {
-                node: names.scratch_file(),
-            });
-            qmp.execute_raw(
-                "blockdev-add",
-                step::scratch_file(names, &format!("/dev/fdset/{set}")),
-            )
-            .await?;
-            // The node keeps the file open; the set would outlive it.
-            qmp.execute(&remove_fd {
-                fdset_id: set,
-                fd: None,
-            })
-            .await?;
-            teardown.forget(&Undo::FdSet { id: set });
+            file_node::add(qmp, Way::Open(&file), &names.job(), node, options, teardown).await?;
             file
         } else {
             let (file, path) = named_file(dir, names)?;
             teardown.push(Undo::File(path.clone()));
-            teardown.push(Undo::Node {
-                node: names.scratch_file(),
-            });
-            qmp.execute_raw(
-                "blockdev-add",
-                step::scratch_file(names, &path.to_string_lossy()),
+            file_node::add(
+                qmp,
+                Way::Named(&path),
+                &names.job(),
+                node,
+                options,
+                teardown,
             )
             .await?;
             std::fs::remove_file(&path).map_err(|error| unavailable(dir, error))?;
@@ -108,22 +92,6 @@ impl Scratch {
             .metadata()
             .map_or(0, |metadata| metadata.blocks().saturating_mul(512))
     }
-}
-
-#[derive(Deserialize)]
-struct AddedFd {
-    #[serde(rename = "fdset-id")]
-    set: i64,
-}
-
-async fn add_fd(qmp: &Qmp, file: &File, names: &Names) -> Result<i64> {
-    let added = qmp
-        .execute_with_fd("add-fd", json!({"opaque": names.job()}), file.as_fd())
-        .await?;
-    let added: AddedFd = serde_json::from_value(added).map_err(|error| {
-        Error::new(Kind::MonitorProtocol, "reading add-fd's answer").because(error)
-    })?;
-    Ok(added.set)
 }
 
 fn unnamed_file(dir: &Path) -> Result<File> {

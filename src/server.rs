@@ -1,71 +1,123 @@
-//! QEMU's NBD server for one session: on a unix socket in a directory of ours
-//! that nobody else may enter.
+//! QEMU's one NBD server, shared by all that need it in this process: started for the
+//! first, stopped with the last.
 //!
-//! Where descriptors can be passed, the plugin binds the socket and hands it
-//! over, so that QEMU, which may run as another user, needs no right to the
-//! directory; elsewhere QEMU binds the path.
+//! It listens on a unix socket in a directory of ours that nobody else may enter. Where
+//! descriptors can be passed, the plugin binds the socket and hands it over, so that
+//! QEMU, which may run as another user, needs no right to the directory; elsewhere QEMU
+//! binds the path.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use serde_json::json;
+use serde_json::{Value, json};
+use tokio::sync::Mutex;
 
 use crate::error::{Error, Kind, Result};
 use crate::nbd::Address;
+use crate::qemu::step::PREFIX;
 use crate::qemu::{Qmp, query};
+use crate::session::random_id;
 use crate::teardown::{Teardown, Undo};
 
-/// Connections that QEMU's server takes at a time; a surplus one would wait
-/// without a word. Each disk needs three.
-fn connections(disks: usize) -> usize {
-    disks.saturating_mul(4).max(16)
+/// Connections that QEMU's server takes at a time; a surplus one would wait without a
+/// word. Each disk needs three, and a client of an export as many as it likes.
+const CONNECTIONS: usize = 1024;
+
+/// The server of one monitor; clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct Server {
+    running: Arc<Mutex<Option<Running>>>,
 }
 
-/// Starts the server for `disks` disks, in a new directory below `runtime_dir`.
-///
-/// # Errors
-/// [`Kind::NbdServerBusy`] when this QEMU's one server runs already.
-pub async fn start(
-    qmp: &Qmp,
-    session: &str,
-    runtime_dir: &Path,
-    disks: usize,
-    teardown: &mut Teardown,
-) -> Result<Address> {
-    let dir = runtime_dir.join(format!("{}{session}", crate::qemu::step::PREFIX));
-    teardown.push(Undo::Directory(dir.clone()));
-    let path = socket_path(&dir)?;
-    let most = connections(disks);
-    let result = if qmp.can_pass_fds() {
-        let listener = UnixListener::bind(&path).map_err(|error| unusable(&dir, error))?;
-        let name = format!("{}{session}", crate::qemu::step::PREFIX);
-        qmp.execute_with_fd("getfd", json!({"fdname": name}), listener.as_fd())
-            .await?;
-        let address = json!({"type": "fd", "data": {"str": name}});
-        qmp.execute_raw(
-            "nbd-server-start",
-            json!({"addr": address, "max-connections": most}),
-        )
-        .await
-    } else {
-        let text = path
-            .to_str()
-            .ok_or_else(|| unusable(&dir, std::io::ErrorKind::InvalidFilename.into()))?;
-        let address = json!({"type": "unix", "data": {"path": text}});
-        qmp.execute_raw(
-            "nbd-server-start",
-            json!({"addr": address, "max-connections": most}),
-        )
-        .await
-    };
-    match result {
-        Ok(_) => {
-            // Not before: the server that runs may be somebody else's.
-            teardown.push(Undo::NbdServer);
-            Ok(Address::Unix(path))
+#[derive(Debug)]
+struct Running {
+    dir: PathBuf,
+    address: Address,
+    users: usize,
+}
+
+impl PartialEq for Server {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.running, &other.running)
+    }
+}
+
+impl Eq for Server {}
+
+impl Server {
+    /// Where it is, until `teardown` has run; starts it for the first user, in a new
+    /// directory below `runtime_dir`.
+    ///
+    /// # Errors
+    /// [`Kind::NbdServerBusy`] when this QEMU's one server runs, and not for us.
+    pub async fn join(
+        &self,
+        qmp: &Qmp,
+        runtime_dir: &Path,
+        teardown: &mut Teardown,
+    ) -> Result<Address> {
+        let mut running = self.running.lock().await;
+        if let Some(running) = &mut *running {
+            running.users += 1;
+            teardown.push(Undo::Server(self.clone()));
+            return Ok(running.address.clone());
         }
+        let dir = private_dir(runtime_dir)?;
+        let path = dir.join("nbd.sock");
+        let started = start(qmp, &path).await;
+        if let Err(error) = started {
+            // Ours alone, and what failed is what counts.
+            let _removed = std::fs::remove_dir_all(&dir);
+            return Err(error);
+        }
+        // Not before: the server that runs may be somebody else's.
+        teardown.push(Undo::Server(self.clone()));
+        let address = Address::Unix(path);
+        *running = Some(Running {
+            dir,
+            address: address.clone(),
+            users: 1,
+        });
+        Ok(address)
+    }
+
+    /// One user less: the last one stops it.
+    pub(crate) async fn leave(&self, qmp: &Qmp) -> Result<()> {
+        let mut running = self.running.lock().await;
+        match &mut *running {
+            Some(running) if running.users > 1 => {
+                running.users -= 1;
+                return Ok(());
+            }
+            _ => {}
+        }
+        let Some(Running { dir, .. }) = running.take() else {
+            return Ok(());
+        };
+        let stopped = stop(qmp).await;
+        let removed = std::fs::remove_dir_all(&dir);
+        stopped?;
+        removed.map_err(|error| {
+            Error::new(Kind::Internal, format!("removing {}", dir.display())).because(error)
+        })
+    }
+}
+
+async fn start(qmp: &Qmp, path: &Path) -> Result<()> {
+    let dir = path.parent().unwrap_or(path);
+    let address = if qmp.can_pass_fds() {
+        let listener = UnixListener::bind(path).map_err(|error| unusable(dir, error))?;
+        let name = pass_fd(qmp, listener.as_fd()).await?;
+        json!({"type": "fd", "data": {"str": name}})
+    } else {
+        json!({"type": "unix", "data": {"path": text(path)?}})
+    };
+    let start = json!({"addr": address, "max-connections": CONNECTIONS});
+    match qmp.execute_raw("nbd-server-start", start).await {
+        Ok(_) => Ok(()),
         // QEMU has no query for its server; its refusal is all there is to see.
         Err(error)
             if error.kind() == Kind::QemuRefused && error.chain().contains("already running") =>
@@ -83,12 +135,38 @@ pub async fn start(
     }
 }
 
-fn socket_path(dir: &Path) -> Result<PathBuf> {
+/// Stops the server, unless exports of others have come to use it.
+async fn stop(qmp: &Qmp) -> Result<Value> {
+    let exports = query::block_exports(qmp).await?;
+    if let Some(export) = exports.iter().find(|export| export.kind == "nbd") {
+        return Err(Error::new(Kind::NbdServerBusy, "stopping the NBD server")
+            .because(format!("export {} uses it", export.id)));
+    }
+    qmp.execute(&qapi::qmp::nbd_server_stop {}).await
+}
+
+/// Passes a descriptor to QEMU: its name there, for the next command that takes it.
+pub(crate) async fn pass_fd(qmp: &Qmp, fd: BorrowedFd<'_>) -> Result<String> {
+    let name = format!("{PREFIX}{}", random_id());
+    qmp.execute_with_fd("getfd", json!({"fdname": name}), fd)
+        .await?;
+    Ok(name)
+}
+
+/// A new directory below `runtime_dir`, for us alone.
+pub(crate) fn private_dir(runtime_dir: &Path) -> Result<PathBuf> {
+    let dir = runtime_dir.join(format!("{PREFIX}{}", random_id()));
     std::fs::DirBuilder::new()
         .mode(0o700)
-        .create(dir)
-        .map_err(|error| unusable(dir, error))?;
-    Ok(dir.join("nbd.sock"))
+        .create(&dir)
+        .map_err(|error| unusable(&dir, error))?;
+    Ok(dir)
+}
+
+/// A path as JSON can hold it.
+pub(crate) fn text(path: &Path) -> Result<&str> {
+    path.to_str()
+        .ok_or_else(|| unusable(path, std::io::ErrorKind::InvalidFilename.into()))
 }
 
 fn unusable(dir: &Path, error: std::io::Error) -> Error {

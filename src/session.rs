@@ -31,12 +31,15 @@ use crate::qemu::query::{self, Version};
 use crate::qemu::step::{self, Instant, Lasting, Names};
 use crate::qemu::{Event, Qmp, Schema, discover};
 use crate::scratch::Scratch;
-use crate::server;
+use crate::server::Server;
 use crate::teardown::{Teardown, Undo};
 use crate::view::View;
 
 /// How long the transaction may take: it waits for guest I/O that is under way.
 const TRANSACTION_DEADLINE: Duration = Duration::from_secs(60);
+
+/// How long a push gets to end once it is cancelled.
+const WORK_DEADLINE: Duration = Duration::from_secs(30);
 
 /// The first QEMU whose disks on an iothread can be exported: 9.0.
 const FIRST_WITH_IOTHREADS: u32 = 9;
@@ -96,6 +99,7 @@ impl Session {
     /// [`Error::leftovers`] names what could not be.
     pub async fn begin(
         qmp: &Qmp,
+        server: &Server,
         wish: &Wish,
         places: &Places,
         cancel: &CancellationToken,
@@ -108,10 +112,21 @@ impl Session {
         }
         let plans = plan::plan(&disks, wish, time_ms, &new_id)?;
         refuse_what_hurts(version, &plans)?;
-        refuse_what_is_lacking(&Schema::probe(qmp).await?)?;
+        let schema = Schema::probe(qmp).await?;
+        refuse_what_is_lacking(&schema)?;
         let id = random_id();
         let mut teardown = Teardown::default();
-        let opened = open(qmp, version, &id, plans, places, &mut teardown, cancel).await;
+        let opening = Opening {
+            qmp,
+            server,
+            version,
+            can_discard_source: schema.has_argument("blockdev-backup", "discard-source"),
+            id: &id,
+            places,
+            keep_unchanged: wish.keep_unchanged,
+            cancel,
+        };
+        let opened = opening.open(plans, &mut teardown).await;
         match opened {
             Ok(disks) => {
                 info!(session = id, disks = disks.len(), "point in time open");
@@ -147,6 +162,21 @@ impl Session {
     /// [`Kind::UnknownDisk`].
     pub fn view(&self, disk: &str) -> Result<Arc<View>> {
         Ok(Arc::clone(&self.disk(disk)?.view))
+    }
+
+    /// The view of a disk, to be exported: the export ends with the session.
+    ///
+    /// # Errors
+    /// [`Kind::UnknownDisk`].
+    pub fn exporting(&mut self, disk: &str) -> Result<Arc<View>> {
+        let disk = self.disk(disk)?;
+        let view = Arc::clone(&disk.view);
+        let undo = Undo::Export {
+            id: disk.names.public_export(),
+        };
+        self.teardown.forget(&undo);
+        self.teardown.push(undo);
+        Ok(view)
     }
 
     /// Fires when the session ends, by whichever way.
@@ -194,6 +224,10 @@ impl Session {
     /// QEMU's, with [`Error::leftovers`]: then no disk has the new checkpoint, and
     /// the session has ended as by abort.
     pub async fn commit(mut self, disks: Option<&[String]>, delete: &[Name]) -> Result<Committed> {
+        // The session ends, whatever comes: QEMU shall not wait for the host's own readers.
+        for disk in &self.disks {
+            disk.view.close().await;
+        }
         let lasting = self.make_lasting(disks).await;
         let committed = match lasting {
             Ok(committed) => committed,
@@ -286,7 +320,11 @@ impl Session {
         // does not read would not go.
         self.over.cancel();
         for disk in &self.disks {
+            // What QEMU does for the host was cancelled, and cleans up.
+            let work = tokio::time::timeout(WORK_DEADLINE, disk.view.at_work()).await;
             disk.view.close().await;
+            drop(work);
+            self.teardown.append(disk.view.take_left());
         }
         std::mem::take(&mut self.teardown).run(&self.qmp).await
     }
@@ -329,56 +367,88 @@ fn refuse_what_is_lacking(schema: &Schema) -> Result<()> {
     Ok(())
 }
 
-async fn open(
-    qmp: &Qmp,
+/// What opening a session goes by.
+struct Opening<'a> {
+    qmp: &'a Qmp,
+    server: &'a Server,
     version: Version,
-    id: &str,
-    plans: Vec<DiskPlan>,
-    places: &Places,
-    teardown: &mut Teardown,
-    cancel: &CancellationToken,
-) -> Result<Vec<SessionDisk>> {
-    let names: Vec<Names> = (0..plans.len())
-        .map(|index| Names::new(id, index))
-        .collect();
-    let mut scratches = Vec::new();
-    for (plan, names) in plans.iter().zip(&names) {
-        go_on(cancel)?;
-        let scratch =
-            Scratch::open(qmp, names, plan.disk.size, &places.scratch_dir, teardown).await;
-        scratches.push(scratch.map_err(|error| error.on_disk(plan.disk.id.clone()))?);
+    can_discard_source: bool,
+    id: &'a str,
+    places: &'a Places,
+    keep_unchanged: bool,
+    cancel: &'a CancellationToken,
+}
+
+impl Opening<'_> {
+    async fn open(
+        &self,
+        plans: Vec<DiskPlan>,
+        teardown: &mut Teardown,
+    ) -> Result<Vec<SessionDisk>> {
+        let Self { qmp, places, .. } = self;
+        let names: Vec<Names> = (0..plans.len())
+            .map(|index| Names::new(self.id, index))
+            .collect();
+        let mut scratches = Vec::new();
+        for (plan, names) in plans.iter().zip(&names) {
+            go_on(self.cancel)?;
+            let scratch =
+                Scratch::open(qmp, names, plan.disk.size, &places.scratch_dir, teardown).await;
+            scratches.push(scratch.map_err(|error| error.on_disk(plan.disk.id.clone()))?);
+        }
+        go_on(self.cancel)?;
+        let address = self.server.join(qmp, &places.runtime_dir, teardown).await?;
+        go_on(self.cancel)?;
+        take_instant(qmp, &plans, &names, teardown).await?;
+        let mut disks = Vec::new();
+        for ((plan, names), scratch) in plans.into_iter().zip(names).zip(scratches) {
+            go_on(self.cancel)?;
+            let id = plan.disk.id.clone();
+            let view = self.open_view(&plan, &names, address.clone(), scratch, teardown);
+            let view = view.await.map_err(|error| error.on_disk(id.clone()))?;
+            let changed = view.survey(self.keep_unchanged, self.cancel).await;
+            disks.push(SessionDisk {
+                changed_bytes: changed.map_err(|error| error.on_disk(id))?,
+                view: Arc::new(view),
+                plan,
+                names,
+            });
+        }
+        Ok(disks)
     }
-    go_on(cancel)?;
-    let address = server::start(qmp, id, &places.runtime_dir, plans.len(), teardown).await?;
-    go_on(cancel)?;
-    take_instant(qmp, &plans, &names, teardown).await?;
-    let mut disks = Vec::new();
-    for ((plan, names), scratch) in plans.into_iter().zip(names).zip(scratches) {
-        go_on(cancel)?;
-        let id = plan.disk.id.clone();
-        let view = open_view(
-            qmp,
-            version,
-            &plan,
-            &names,
-            address.clone(),
-            scratch,
-            teardown,
-        )
-        .await;
-        let view = view.map_err(|error| error.on_disk(id.clone()))?;
-        let changed = view
-            .give_back_unchanged(cancel)
-            .await
-            .map_err(|error| error.on_disk(id))?;
-        disks.push(SessionDisk {
-            changed_bytes: changed,
-            view: Arc::new(view),
+
+    async fn open_view(
+        &self,
+        plan: &DiskPlan,
+        names: &Names,
+        address: crate::nbd::Address,
+        scratch: Scratch,
+        teardown: &mut Teardown,
+    ) -> Result<View> {
+        let incremental = plan.base.is_some();
+        teardown.push(Undo::Node { node: names.view() });
+        self.qmp
+            .execute_raw("blockdev-add", step::view(names))
+            .await?;
+        if incremental {
+            // For a push: the other one is busy once it is exported.
+            let (from, copy) = (names.changes(), names.push_bitmap());
+            let grain = plan.granularity();
+            let copy = step::view_bitmap(names, &copy, grain, &plan.disk.node, &from);
+            self.qmp.execute_raw("transaction", copy).await?;
+        }
+        teardown.push(Undo::Export { id: names.job() });
+        let export = step::export(names, &plan.disk.node, incremental);
+        self.qmp.execute_raw("block-export-add", export).await?;
+        Ok(View::new(
+            self.qmp.clone(),
+            names.clone(),
+            address,
             plan,
-            names,
-        });
+            (self.version, self.can_discard_source),
+            scratch,
+        ))
     }
-    Ok(disks)
 }
 
 fn go_on(cancel: &CancellationToken) -> Result<()> {
@@ -427,37 +497,6 @@ async fn take_instant(
     qmp.execute_raw_within("transaction", transaction, TRANSACTION_DEADLINE)
         .await
         .map(drop)
-}
-
-async fn open_view(
-    qmp: &Qmp,
-    version: Version,
-    plan: &DiskPlan,
-    names: &Names,
-    address: crate::nbd::Address,
-    scratch: Scratch,
-    teardown: &mut Teardown,
-) -> Result<View> {
-    teardown.push(Undo::Node { node: names.view() });
-    qmp.execute_raw("blockdev-add", step::view(names)).await?;
-    teardown.push(Undo::Export { id: names.job() });
-    let export = step::export(names, &plan.disk.id, &plan.disk.node, plan.base.is_some());
-    qmp.execute_raw("block-export-add", export).await?;
-    let changes = plan
-        .base
-        .as_ref()
-        .map(|_| format!("qemu:dirty-bitmap:{}", names.changes()));
-    // Known to be right from 10.0 on; see `View::read_max`.
-    let one_cluster = (version.major, version.minor) < (10, 0);
-    Ok(View::new(
-        qmp.clone(),
-        names.job(),
-        address,
-        &plan.disk,
-        changes,
-        one_cluster,
-        scratch,
-    ))
 }
 
 /// A new identity.

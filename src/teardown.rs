@@ -4,7 +4,7 @@
 //! unknown outcome is undone too. Each undo first looks whether its object is
 //! there: QEMU's refusals do not tell "not found" from anything else.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use qapi::qmp as commands;
@@ -14,9 +14,13 @@ use tracing::{debug, warn};
 
 use crate::error::{Error, Kind, Result};
 use crate::qemu::{Qmp, job, query};
+use crate::server::Server;
 
 /// How long QEMU gets to let go of an object.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long a file system gets to remove a file.
+const FILE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// One thing to take away.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,8 +30,8 @@ pub enum Undo {
         /// Its id.
         id: String,
     },
-    /// The NBD server, unless exports of others use it.
-    NbdServer,
+    /// A user's part of the NBD server.
+    Server(Server),
     /// A block node.
     Node {
         /// Its name.
@@ -42,6 +46,16 @@ pub enum Undo {
     Bitmap {
         /// The node it is on.
         node: String,
+        /// Its name.
+        name: String,
+    },
+    /// An object of QEMU's object model, as credentials are.
+    Object {
+        /// Its id.
+        id: String,
+    },
+    /// A descriptor that was passed, unless QEMU has put it to use.
+    Fd {
         /// Its name.
         name: String,
     },
@@ -60,10 +74,12 @@ impl std::fmt::Display for Undo {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Export { id } => write!(f, "export {id}"),
-            Self::NbdServer => f.write_str("NBD server"),
+            Self::Server(_) => f.write_str("NBD server"),
+            Self::Object { id } => write!(f, "object {id}"),
             Self::Node { node } => write!(f, "node {node}"),
             Self::Job { id } => write!(f, "job {id}"),
             Self::Bitmap { node, name } => write!(f, "bitmap {name} on {node}"),
+            Self::Fd { name } => write!(f, "descriptor {name}"),
             Self::FdSet { id } => write!(f, "fdset {id}"),
             Self::File(path) => write!(f, "file {}", path.display()),
             Self::Directory(path) => write!(f, "directory {}", path.display()),
@@ -88,23 +104,56 @@ impl Teardown {
         self.steps.retain(|step| step != undo);
     }
 
-    /// Takes everything away, last first. Each step is tried whatever became of
-    /// those before; returns what could not be removed, with the reason.
+    /// Takes one thing away, before its turn.
+    ///
+    /// # Errors
+    /// QEMU's; the undo stays on the stack then.
+    pub async fn undo(&mut self, qmp: &Qmp, step: &Undo) -> Result<()> {
+        undo(qmp, step).await?;
+        self.forget(step);
+        Ok(())
+    }
+
+    /// Takes what `other` has away before all that is here.
+    pub fn append(&mut self, mut other: Self) {
+        self.steps.append(&mut other.steps);
+    }
+
+    /// Takes everything away, last first; returns what could not be removed, with the
+    /// reason. Each step is tried whatever became of those before, unless QEMU was too slow
+    /// with one: the next would hold up its guest.
     pub async fn run(mut self, qmp: &Qmp) -> Vec<String> {
-        let mut leftovers = Vec::new();
-        let mut closed = false;
+        let leftovers = self.unwind(qmp).await;
+        self.steps.clear();
+        leftovers
+    }
+
+    /// [`Teardown::run`] that keeps what could not be removed, to be tried again.
+    pub async fn unwind(&mut self, qmp: &Qmp) -> Vec<String> {
+        let (mut leftovers, mut kept) = (Vec::new(), Vec::new());
+        let (mut is_closed, mut is_slow) = (false, false);
         while let Some(step) = self.steps.pop() {
-            match undo(qmp, &step).await {
+            let is_ours = matches!(step, Undo::File(_) | Undo::Directory(_));
+            let undone = if is_slow && !is_ours {
+                Err(Error::new(Kind::QemuTimeout, "not tried").because("QEMU is too slow"))
+            } else {
+                undo(qmp, &step).await
+            };
+            match undone {
                 Ok(()) => debug!(%step, "undone"),
                 // QEMU is gone, and all with it; or it cannot be asked: once is enough.
-                Err(error) if error.kind() == Kind::MonitorClosed => closed = true,
+                Err(error) if error.kind() == Kind::MonitorClosed => is_closed = true,
                 Err(error) => {
+                    is_slow |= error.kind() == Kind::QemuTimeout;
                     warn!(%step, error = error.chain(), "could not be undone");
                     leftovers.push(format!("{step}: {}", error.chain()));
+                    kept.push(step);
                 }
             }
         }
-        if closed {
+        kept.reverse();
+        self.steps = kept;
+        if is_closed {
             leftovers
                 .push("unknown: the monitor's connection ended before all was undone".to_owned());
         }
@@ -121,24 +170,35 @@ impl Drop for Teardown {
 }
 
 async fn undo(qmp: &Qmp, step: &Undo) -> Result<()> {
+    // Until what it takes away is gone.
+    let turn = qmp.turn().await;
+    let qmp = &*turn;
     match step {
         Undo::Export { id } => remove_export(qmp, id).await,
-        Undo::NbdServer => stop_server(qmp).await,
+        Undo::Server(server) => server.leave(qmp).await,
+        Undo::Object { id } => found(qmp.execute_raw("object-del", json!({"id": id})).await),
+        Undo::Fd { name } => found(qmp.execute_raw("closefd", json!({"fdname": name})).await),
         Undo::Node { node } => remove_node(qmp, node).await,
         Undo::Job { id } => job::cancel(qmp, id, RELEASE_DEADLINE).await,
         Undo::Bitmap { node, name } => remove_bitmap(qmp, node, name).await,
         Undo::FdSet { id } => remove_fdset(qmp, *id).await,
-        Undo::File(path) => gone(std::fs::remove_file(path)),
-        Undo::Directory(path) => gone(std::fs::remove_dir_all(path)),
+        Undo::File(path) => gone(path, |path| std::fs::remove_file(path)).await,
+        Undo::Directory(path) => gone(path, |path| std::fs::remove_dir_all(path)).await,
     }
 }
 
-fn gone(result: std::io::Result<()>) -> Result<()> {
-    match result {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::new(Kind::Internal, "removing a file").because(error))
+/// A file system that hangs holds up a thread, and nothing else.
+async fn gone(path: &Path, remove: fn(&Path) -> std::io::Result<()>) -> Result<()> {
+    let path = path.to_owned();
+    let removed = tokio::task::spawn_blocking(move || remove(&path));
+    let failed = |kind| Error::new(kind, "removing a file");
+    match tokio::time::timeout(FILE_DEADLINE, removed).await {
+        Err(_elapsed) => Err(failed(Kind::TargetTimeout).because("its file system hangs")),
+        Ok(Err(panic)) => Err(failed(Kind::Internal).because(panic)),
+        Ok(Ok(Err(error))) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(failed(Kind::Internal).because(error))
         }
-        _ => Ok(()),
+        Ok(Ok(_)) => Ok(()),
     }
 }
 
@@ -175,13 +235,12 @@ async fn export_exists(qmp: &Qmp, id: &str) -> Result<bool> {
         .any(|export| export.id == id))
 }
 
-async fn stop_server(qmp: &Qmp) -> Result<()> {
-    let exports = query::block_exports(qmp).await?;
-    if let Some(export) = exports.iter().find(|export| export.kind == "nbd") {
-        return Err(Error::new(Kind::NbdServerBusy, "stopping the NBD server")
-            .because(format!("export {} uses it", export.id)));
+/// What QEMU has no list of: its refusal must tell that there is none.
+fn found(removed: Result<serde_json::Value>) -> Result<()> {
+    match removed {
+        Err(error) if error.chain().contains("not found") => Ok(()),
+        removed => removed.map(drop),
     }
-    qmp.execute(&commands::nbd_server_stop {}).await.map(drop)
 }
 
 async fn remove_node(qmp: &Qmp, node: &str) -> Result<()> {

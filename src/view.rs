@@ -2,6 +2,7 @@
 //! back, and what its scratch takes.
 
 use std::collections::VecDeque;
+use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -10,22 +11,30 @@ use tracing::warn;
 
 use crate::checkpoint::GRANULARITY;
 use crate::error::{Error, Kind, Result};
+use crate::export::{self, Exported, Gate};
 use crate::extent::{Range, inner_aligned, length, next_cut};
-use crate::nbd::{Address, Client, status};
-use crate::qemu::discover::Disk;
-use crate::qemu::{Qmp, query};
+use crate::nbd::{Address, Client, Cursor, status};
+use crate::plan::DiskPlan;
+use crate::qemu::Qmp;
+use crate::qemu::query::{self, Version};
+use crate::qemu::step::Names;
+use crate::relay::Stream;
 use crate::scratch::Scratch;
+use crate::teardown::Teardown;
 
 /// How long QEMU's NBD server gets to greet, and to answer one request. A
 /// storage that hangs longer than this ends the stream, not the backup.
 const NBD_DEADLINE: Duration = Duration::from_secs(60);
 
-/// Longest range of one TRIM or one block status request: fits compact headers,
-/// and keeps QEMU's answer to one within its own limit in practice.
+/// Longest range of one TRIM: fits compact headers.
 const STEP: u64 = 1 << 30;
 
 /// Longest read: throughput falls on either side of it.
 pub const READ_MAX: u64 = 1024 * 1024;
+
+/// The first QEMU that answers reads of a view rightly whatever they cross; the last that
+/// does not is before it.
+const FIRST_RIGHT: (u32, u32) = (10, 0);
 
 /// Most TRIMs under way.
 const TRIMS: usize = 8;
@@ -35,54 +44,69 @@ const TRIMS: usize = 8;
 struct State {
     /// A stream is open.
     active: bool,
-    /// A stream reached the end of the disk.
+    /// A stream reached the end of the disk, or a push is done.
     complete: bool,
+    /// The host reads it by itself.
+    exported: bool,
+    /// What did not change since the base was given back.
+    partial: bool,
+    /// A push gives back what it has written: no second one can follow.
+    spent: bool,
     /// The view before this offset is given back; 0: none of it.
     released: u64,
+    /// What a push has made, and could not take away.
+    left: Teardown,
 }
 
 /// A disk's view.
 #[derive(Debug)]
 pub struct View {
     qmp: Qmp,
-    job: String,
+    names: Names,
     address: Address,
     disk: String,
     size: u64,
-    /// The meta context of the changes since the base, in an incremental.
-    changes: Option<String>,
-    /// See [`View::read_max`].
-    one_cluster: bool,
+    incremental: bool,
+    granularity: u64,
+    version: Version,
+    can_discard_source: bool,
     scratch: Scratch,
     state: Mutex<State>,
+    /// Held while QEMU itself works on the view: the session ends after that.
+    at_work: tokio::sync::Mutex<()>,
     /// A connection of its own, so that giving back never waits for a reader.
     trimmer: tokio::sync::Mutex<Option<Client>>,
+    /// Where the host's own clients come in.
+    gate: tokio::sync::Mutex<Option<Gate>>,
 }
 
 impl View {
-    /// A view of `disk`, exported under the disk's id at `address`, kept by `job`;
-    /// `one_cluster`: this QEMU must not be asked for more than that at a time.
+    /// A view of `plan`'s disk, made of the objects `names` in a QEMU of this version, whose
+    /// backup jobs can discard their source or not, and exported at `address`.
     #[must_use]
     pub fn new(
         qmp: Qmp,
-        job: String,
+        names: Names,
         address: Address,
-        disk: &Disk,
-        changes: Option<String>,
-        one_cluster: bool,
+        plan: &DiskPlan,
+        (version, can_discard_source): (Version, bool),
         scratch: Scratch,
     ) -> Self {
         Self {
             qmp,
-            job,
+            names,
             address,
-            disk: disk.id.clone(),
-            size: disk.size,
-            changes,
-            one_cluster,
+            disk: plan.disk.id.clone(),
+            size: plan.disk.size,
+            incremental: plan.base.is_some(),
+            granularity: plan.granularity(),
+            version,
+            can_discard_source,
             scratch,
             state: Mutex::default(),
+            at_work: tokio::sync::Mutex::default(),
             trimmer: tokio::sync::Mutex::default(),
+            gate: tokio::sync::Mutex::default(),
         }
     }
 
@@ -92,6 +116,53 @@ impl View {
         self.size
     }
 
+    /// Whether it is read for what changed since a base.
+    #[must_use]
+    pub fn is_incremental(&self) -> bool {
+        self.incremental
+    }
+
+    /// Its QEMU's monitor.
+    pub(crate) fn qmp(&self) -> &Qmp {
+        &self.qmp
+    }
+
+    /// The names of its objects in QEMU.
+    pub(crate) fn names(&self) -> &Names {
+        &self.names
+    }
+
+    /// The disk's id.
+    pub(crate) fn disk(&self) -> &str {
+        &self.disk
+    }
+
+    /// Bytes that one bit of what changed stands for.
+    pub(crate) fn granularity(&self) -> u64 {
+        self.granularity
+    }
+
+    /// QEMU's NBD server.
+    pub(crate) fn address(&self) -> &Address {
+        &self.address
+    }
+
+    /// Whether a push can give back what it has written.
+    pub(crate) fn can_discard_source(&self) -> bool {
+        self.can_discard_source
+    }
+
+    /// Waits until QEMU does not work on it, and lets nobody else begin.
+    pub(crate) async fn at_work(&self) -> tokio::sync::MutexGuard<'_, ()> {
+        self.at_work.lock().await
+    }
+
+    /// Whether a client that reads as it likes is answered rightly. See [`View::read_max`].
+    #[must_use]
+    pub fn reads_rightly(&self) -> bool {
+        (self.version.major, self.version.minor) >= FIRST_RIGHT
+    }
+
     /// Longest read of the view, and whether its allocation can be asked for.
     ///
     /// Measured on QEMU 7.2: a READ or BLOCK_STATUS that starts in a cluster which
@@ -99,10 +170,10 @@ impl View {
     /// answered from the disk as it is *now*. Inside one cluster the answer is right.
     #[must_use]
     pub fn read_max(&self) -> (u64, bool) {
-        if self.one_cluster {
-            (GRANULARITY, false)
-        } else {
+        if self.reads_rightly() {
             (READ_MAX, true)
+        } else {
+            (GRANULARITY, false)
         }
     }
 
@@ -112,10 +183,12 @@ impl View {
         self.scratch.allocated()
     }
 
-    /// Whether a stream has reached the end of the disk.
+    /// Whether a stream has reached the end of the disk, it was pushed, or the host reads
+    /// it by itself.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.state().complete
+        let state = self.state();
+        state.complete || state.exported
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -130,6 +203,11 @@ impl View {
                 Error::new(Kind::StreamActive, "starting a stream").on_disk(self.disk.clone())
             );
         }
+        if state.spent {
+            return Err(Error::new(Kind::OffsetReleased, "starting a stream")
+                .because("a push has given back what it wrote")
+                .on_disk(self.disk.clone()));
+        }
         if offset != state.released {
             return Err(Error::new(Kind::OffsetReleased, "starting a stream")
                 .because(format!("it can start at {} only", state.released))
@@ -138,6 +216,20 @@ impl View {
         }
         state.active = true;
         Ok(())
+    }
+
+    /// A push begins that gives back what it has written.
+    pub(crate) fn spend(&self) {
+        self.state().spent = true;
+    }
+
+    /// A push could not take this away.
+    pub(crate) fn leave(&self, left: Teardown) {
+        self.state().left.append(left);
+    }
+
+    pub(crate) fn take_left(&self) -> Teardown {
+        std::mem::take(&mut self.state().left)
     }
 
     /// The stream is over; `complete`: it reached the end of the disk.
@@ -157,20 +249,33 @@ impl View {
     /// It is one of its own: QEMU answers a request for two contexts twice when
     /// a part of the range is given back.
     pub(crate) async fn connect_changes(&self) -> Result<Option<Client>> {
-        match &self.changes {
-            Some(context) => self.connect(Some(context)).await.map(Some),
-            None => Ok(None),
+        if !self.incremental {
+            return Ok(None);
         }
+        let context = format!("qemu:dirty-bitmap:{}", self.names.changes());
+        self.connect(Some(&context)).await.map(Some)
+    }
+
+    /// The meta context of what changed since the base, of the host's own clients.
+    #[must_use]
+    pub fn public_context(&self) -> Option<String> {
+        let bitmap = self.names.public_bitmap();
+        self.incremental
+            .then(|| format!("qemu:dirty-bitmap:{bitmap}"))
     }
 
     async fn connect(&self, context: Option<&str>) -> Result<Client> {
-        Client::connect(&self.address, &self.disk, context, NBD_DEADLINE).await
+        Client::connect(&self.address, &self.names.view(), context, NBD_DEADLINE).await
     }
 
-    /// Gives back what did not change since the base, and counts what did: the
-    /// guest's writes there need no copy from now on. Bytes that changed, in
-    /// whole granules; the disk's size in a full.
-    pub(crate) async fn give_back_unchanged(&self, cancel: &CancellationToken) -> Result<u64> {
+    /// Counts what changed since the base, in whole granules: the disk's size in a full.
+    /// Gives back what did not, unless it shall be kept: the guest's writes there need no
+    /// copy from now on.
+    pub(crate) async fn survey(
+        &self,
+        keep_unchanged: bool,
+        cancel: &CancellationToken,
+    ) -> Result<u64> {
         let Some(changes) = self.connect_changes().await? else {
             return Ok(self.size);
         };
@@ -180,28 +285,30 @@ impl View {
             if cancel.is_cancelled() {
                 return Err(Error::new(
                     Kind::Cancelled,
-                    "giving back what did not change",
+                    "reading what changed since the base",
                 ));
             }
             if status::is_dirty(flags) {
                 changed += length(&range);
-            } else {
+            } else if !keep_unchanged {
                 self.trim(&inner_aligned(&range, GRANULARITY, self.size))
                     .await?;
             }
         }
         changes.close().await;
+        self.state().partial = !keep_unchanged;
         Ok(changed)
     }
 
     /// The host has, or wants no more, what lies before `offset`: QEMU may forget
-    /// it. A failure costs scratch room, not the backup, and is only logged.
-    pub async fn release(&self, offset: u64) {
+    /// it. A failure costs scratch room, not the backup, and is only logged. What may be
+    /// forgotten by now: `offset`, or more.
+    pub async fn release(&self, offset: u64) -> u64 {
         let from = {
             let mut state = self.state();
             let from = state.released;
             if offset <= from {
-                return;
+                return from;
             }
             state.released = offset;
             from
@@ -216,6 +323,7 @@ impl View {
                 "could not give back a part of the view"
             );
         }
+        offset
     }
 
     /// As [`View::release`], once `least` bytes or more have come together; whether
@@ -256,8 +364,57 @@ impl View {
         Ok(())
     }
 
-    /// Closes the connection that gives back.
+    /// Lets the host's own clients read it, over sockets below `runtime_dir`, until the
+    /// session ends. Whether they have read all is the host's word.
+    ///
+    /// # Errors
+    /// [`Kind::OffsetReleased`]; [`Kind::QemuUnsupported`] where this QEMU would answer them
+    /// wrongly; QEMU's; NBD's.
+    pub async fn export(&self, runtime_dir: &Path) -> Result<Exported> {
+        {
+            let state = self.state();
+            if !state.exported && (state.spent || state.released > 0) {
+                return Err(
+                    Error::new(Kind::OffsetReleased, "exporting a point in time")
+                        .because("a part of it was given back")
+                        .on_disk(self.disk.clone())
+                        .at(state.released),
+                );
+            }
+        }
+        let _session_waits = self.at_work().await;
+        let mut gate = self.gate.lock().await;
+        let open = match gate.take() {
+            Some(open) => open,
+            None => export::open(self, runtime_dir).await?,
+        };
+        let exported = gate.insert(open).exported().clone();
+        self.state().exported = true;
+        Ok(exported)
+    }
+
+    /// Carries bytes between the server of an exported view and `client`, until either ends.
+    pub async fn admit(&self, client: impl Stream) {
+        export::admit(client, self.address.clone()).await;
+    }
+
+    /// Whether all of it can be read, as far as nothing was given back by streams.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        !self.state().partial
+    }
+
+    /// Whether the host's own clients can read it.
+    #[must_use]
+    pub fn is_exported(&self) -> bool {
+        self.state().exported
+    }
+
+    /// Closes our connections, and the host's clients'.
     pub(crate) async fn close(&self) {
+        if let Some(gate) = self.gate.lock().await.take() {
+            gate.close().await;
+        }
         if let Some(client) = self.trimmer.lock().await.take() {
             client.close().await;
         }
@@ -271,6 +428,11 @@ impl View {
         ) {
             return error.on_disk(self.disk.clone());
         }
+        self.blame_job(error).await
+    }
+
+    /// Turns any error into `PointInTimeLost` where the job that keeps it does not run.
+    pub(crate) async fn blame_job(&self, error: Error) -> Error {
         let lost = |why: Error| {
             let offset = why.offset();
             let lost = Error::new(Kind::PointInTimeLost, "reading the point in time")
@@ -285,58 +447,12 @@ impl View {
             Ok(jobs)
                 if jobs
                     .iter()
-                    .any(|job| job.id == self.job && job.status == "running") =>
+                    .any(|job| job.id == self.names.job() && job.status == "running") =>
             {
                 error.on_disk(self.disk.clone())
             }
             Ok(_) => lost(error),
             Err(closed) => lost(closed),
         }
-    }
-}
-
-/// Walks a range by block status, in steps, with a fixed amount of memory.
-#[derive(Debug)]
-pub(crate) struct Cursor {
-    rest: Range,
-    known: VecDeque<(u64, u64)>,
-}
-
-impl Cursor {
-    pub(crate) fn new(range: Range) -> Self {
-        Self {
-            rest: range,
-            known: VecDeque::new(),
-        }
-    }
-
-    /// All that is left, at once, without asking.
-    pub(crate) fn rest(&mut self) -> Option<Range> {
-        let rest = self.rest.clone();
-        self.rest.start = rest.end;
-        (!rest.is_empty()).then_some(rest)
-    }
-
-    /// The next piece and its flags; pieces are contiguous and never empty.
-    pub(crate) async fn next(&mut self, client: &Client) -> Result<Option<(Range, u64)>> {
-        if self.rest.is_empty() {
-            return Ok(None);
-        }
-        if self.known.is_empty() {
-            let ask = length(&self.rest).min(STEP);
-            self.known = client
-                .submit_block_status(self.rest.start, ask)
-                .await?
-                .await?
-                .into();
-        }
-        let Some((bytes, flags)) = self.known.pop_front() else {
-            return Err(
-                Error::new(Kind::NbdProtocol, "reading block status").because("an empty answer")
-            );
-        };
-        let start = self.rest.start;
-        self.rest.start += bytes;
-        Ok(Some((start..self.rest.start, flags)))
     }
 }

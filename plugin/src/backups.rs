@@ -4,6 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
 use qemu_fleece_engine::session::Session;
+use qemu_fleece_engine::view::View;
 use qemu_fleece_protocol::backup::{AbortResult, CommitResult};
 use qemu_fleece_protocol::record::Begin;
 use qemu_fleece_protocol::stream::Writer;
@@ -30,6 +31,25 @@ pub(crate) struct Backup {
     pub(crate) streams: HashMap<String, DiskStream>,
     /// Keeps the connection open.
     _monitor: Arc<Monitor>,
+}
+
+impl Backup {
+    /// The stream of one of its disks.
+    pub(crate) fn disk(&self, disk: &str) -> Result<&DiskStream, WireError> {
+        self.streams.get(disk).ok_or_else(|| {
+            WireError::new(Code::UnknownDisk, format!("the backup has no disk {disk}"))
+        })
+    }
+
+    /// The view of one of its disks.
+    pub(crate) fn view(&self, disk: &str) -> Result<Arc<View>, WireError> {
+        let view = self.session.view(disk);
+        view.map_err(|error| wire::unchanged(&error))
+    }
+}
+
+fn unknown(id: &str) -> WireError {
+    WireError::new(Code::UnknownBackup, format!("there is no backup {id}"))
 }
 
 /// How a backup ended.
@@ -78,6 +98,14 @@ impl Backups {
         self.open.get(id).ok_or_else(|| self.missing(id))
     }
 
+    /// An open backup, to be changed.
+    pub(crate) fn get_mut(&mut self, id: &str) -> Result<&mut Backup, WireError> {
+        if !self.open.contains_key(id) {
+            return Err(self.missing(id));
+        }
+        self.open.get_mut(id).ok_or_else(|| unknown(id))
+    }
+
     /// Takes an open backup out, to end it.
     pub(crate) fn take(&mut self, id: &str) -> Result<Backup, WireError> {
         self.open.remove(id).ok_or_else(|| self.missing(id))
@@ -86,7 +114,7 @@ impl Backups {
     fn missing(&self, id: &str) -> WireError {
         match self.how_ended(id) {
             Some(_) => WireError::new(Code::BackupEnded, format!("backup {id} has ended")),
-            None => WireError::new(Code::UnknownBackup, format!("there is no backup {id}")),
+            None => unknown(id),
         }
     }
 

@@ -127,8 +127,16 @@ fn redefine(server: &mut Server, id: &Id, params: RedefineParams) -> Started {
     let runtime_dir: PathBuf = server.config.places.runtime_dir.clone();
     run(server, id, params.monitor, move |monitor| async move {
         let grain = params.granularity;
-        let redefined =
-            redefine::redefine(&monitor.qmp, &chain, &name, &words, grain, &runtime_dir).await?;
+        let redefined = redefine::redefine(
+            &monitor.qmp,
+            &monitor.server,
+            &runtime_dir,
+            &chain,
+            &name,
+            &words,
+            grain,
+        )
+        .await?;
         Ok(wire::checkpoint::to_listed(&redefined))
     })
 }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand, ValueEnum};
 use qemu_fleece_engine::session::Places;
 
+use crate::inherited::Inherited;
 use crate::serve::Config;
 
 /// Consistent, incremental backups of QEMU virtual machines, for backup software.
@@ -91,7 +92,7 @@ impl Cli {
     }
 
     /// What the server needs to know.
-    pub(crate) fn config(&self) -> anyhow::Result<Config> {
+    pub(crate) fn config(&self, inherited: Inherited) -> anyhow::Result<Config> {
         let runtime_dir = self
             .runtime_dir
             .clone()
@@ -108,6 +109,7 @@ impl Cli {
         Ok(Config {
             places,
             storage_daemon: self.storage_daemon.clone(),
+            inherited,
         })
     }
 }

@@ -4,9 +4,12 @@ mod backups;
 mod checkpoints;
 mod cli;
 mod events;
+mod exports;
+mod inherited;
 mod input;
 mod marks;
 mod monitors;
+mod pushes;
 mod requests;
 mod restores;
 mod serve;
@@ -22,6 +25,7 @@ use anyhow::Context;
 use clap::{CommandFactory, Parser};
 
 use crate::cli::{Cli, Command};
+use crate::inherited::Inherited;
 use crate::serve::Ending;
 
 /// The command line is unusable.
@@ -76,9 +80,10 @@ fn print(command: &Command) -> anyhow::Result<()> {
 }
 
 fn serve(cli: &Cli) -> anyhow::Result<ExitCode> {
+    let inherited = Inherited::at_start().context("listing the descriptors")?;
     let (stdin, stdout) = take_stdio()?;
     cli.start_log();
-    let config = cli.config()?;
+    let config = cli.config(inherited)?;
     // One thread: QEMU is the bound, and small requests lose by wandering between two.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use qemu_fleece_engine::Result;
 use qemu_fleece_engine::qemu::{Address, Qmp};
+use qemu_fleece_engine::server::Server;
 use tokio::sync::Mutex;
 
 /// How long a monitor gets to greet.
@@ -16,6 +17,8 @@ const GREETING_DEADLINE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(crate) struct Monitor {
     pub(crate) qmp: Qmp,
+    /// Its QEMU's NBD server, as far as it is ours.
+    pub(crate) server: Server,
 }
 
 /// All of them, by address.
@@ -39,6 +42,7 @@ impl Monitors {
         }
         let monitor = Arc::new(Monitor {
             qmp: Qmp::connect(&address, GREETING_DEADLINE).await?,
+            server: Server::default(),
         });
         known.insert(address, Arc::downgrade(&monitor));
         Ok(monitor)

@@ -28,13 +28,14 @@ use qemu_fleece_protocol::{
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use crate::backups::Ended;
 use crate::monitors::Monitor;
 use crate::restores::{self, Answer, Order};
 use crate::serve::{Done, Server};
 use crate::stream::{self, Stream};
-use crate::{checkpoints, events, wire};
+use crate::{checkpoints, events, exports, pushes, wire};
 
 /// What a request comes to.
 #[derive(Debug)]
@@ -85,6 +86,9 @@ pub(crate) fn dispatch(
         "backup.estimate" => checkpoints::estimate(server, &request.id, request.params()?),
         "backup.begin" => backup_begin(server, &request.id, request.params()?),
         "backup.read" => backup_read(server, &request.id, request.params()?),
+        "backup.push" => pushes::push(server, &request.id, request.params()?),
+        "backup.export" => exports::export(server, &request.id, request.params()?),
+        "backup.map" => exports::map(server, &request.id, &request.params()?),
         "backup.ack" => backup_ack(server, &request.id, request.params()?),
         "backup.commit" => backup_commit(server, &request.id, request.params()?),
         "backup.abort" => backup_abort(server, &request.id, request.params()?),
@@ -233,7 +237,8 @@ fn backup_begin(server: &mut Server, id: &Id, params: BeginParams) -> Started {
     Ok(spawn(server, id, async move {
         let began = async {
             let monitor = monitors.get(&params.monitor).await?;
-            let session = Session::begin(&monitor.qmp, &wish, &places, &cancel).await?;
+            let session =
+                Session::begin(&monitor.qmp, &monitor.server, &wish, &places, &cancel).await?;
             Ok((session, monitor))
         };
         match began.await {
@@ -243,71 +248,83 @@ fn backup_begin(server: &mut Server, id: &Id, params: BeginParams) -> Started {
     }))
 }
 
-fn backup_read(server: &mut Server, id: &Id, params: ReadParams) -> Started {
-    let cut = stream::check(&params)?;
-    let backup = server.backups.get(&params.backup)?;
-    let view = backup
-        .session
-        .view(&params.disk)
-        .map_err(|error| wire::unchanged(&error))?;
-    let Some(disk) = backup.streams.get(&params.disk) else {
-        return Err(WireError::new(
-            Code::UnknownDisk,
-            format!("the backup has no disk {}", params.disk),
-        ));
-    };
+/// Spawns a request that streams from a backup: it may wait for standard output, and ends
+/// with the backup.
+pub(crate) fn stream<F>(
+    server: &mut Server,
+    id: &Id,
+    over: CancellationToken,
+    work: impl FnOnce(Id, CancellationToken) -> F,
+) -> Option<Outcome>
+where
+    F: Future<Output = Result<Box<RawValue>, WireError>> + Send + 'static,
+{
     let cancel = server.token(id);
-    let over = backup.session.over();
-    let stream = Stream {
-        id: id.clone(),
-        begin: disk.begin.clone(),
-        view,
-        marks: Arc::clone(&disk.marks),
-        carrier: server.carrier.unwrap_or_default(),
-        outlet: server.outlet.clone(),
-        cancel: cancel.clone(),
-    };
+    let work = work(id.clone(), cancel.clone());
     let id = id.clone();
+    link(over, cancel.clone());
     server.streams.spawn(async move {
-        // The end of the backup ends its streams.
-        let _link = tokio::spawn({
-            let cancel = cancel.clone();
-            async move {
-                tokio::select! {
-                    () = over.cancelled() => cancel.cancel(),
-                    () = cancel.cancelled() => {}
-                }
-            }
-        });
-        let reply = stream::run(stream, params, cut).await.and_then(to_raw);
+        let reply = work.await;
         cancel.cancel();
         Done {
             id,
             outcome: Outcome::Reply(reply),
         }
     });
-    Ok(None)
+    None
+}
+
+/// The end of a backup cancels what works on it; that token also ends this.
+pub(crate) fn link(over: CancellationToken, cancel: CancellationToken) {
+    tokio::spawn(async move {
+        tokio::select! {
+            () = over.cancelled() => cancel.cancel(),
+            () = cancel.cancelled() => {}
+        }
+    });
+}
+
+fn backup_read(server: &mut Server, id: &Id, params: ReadParams) -> Started {
+    let cut = stream::check(&params)?;
+    let backup = server.backups.get(&params.backup)?;
+    let view = backup.view(&params.disk)?;
+    let disk = backup.disk(&params.disk)?;
+    let (begin, marks) = (disk.begin.clone(), Arc::clone(&disk.marks));
+    let over = backup.session.over();
+    let (carrier, outlet) = (server.carrier.unwrap_or_default(), server.outlet.clone());
+    Ok(stream(server, id, over, move |id, cancel| {
+        let stream = Stream {
+            id,
+            begin,
+            view,
+            carrier,
+            outlet,
+            cancel,
+        };
+        async move {
+            stream::run(stream, marks, params, cut)
+                .await
+                .and_then(to_raw)
+        }
+    }))
 }
 
 fn backup_ack(server: &mut Server, id: &Id, params: AckParams) -> Started {
     let backup = server.backups.get(&params.backup)?;
-    let view = backup
-        .session
-        .view(&params.disk)
-        .map_err(|error| wire::unchanged(&error))?;
-    let Some(disk) = backup.streams.get(&params.disk) else {
-        return Err(WireError::new(
-            Code::UnknownDisk,
-            format!("the backup has no disk {}", params.disk),
-        ));
+    let view = backup.view(&params.disk)?;
+    let marks = &backup.disk(&params.disk)?.marks;
+    let is_exported = view.is_exported();
+    let resume = if is_exported {
+        params.offset.min(view.size())
+    } else {
+        marks
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .acknowledge(params.offset)
     };
-    let resume = disk
-        .marks
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
-        .acknowledge(params.offset);
     Ok(spawn(server, id, async move {
-        view.release(resume).await;
+        let released = view.release(resume).await;
+        let resume = if is_exported { released } else { resume };
         Outcome::Reply(to_raw(AckResult { resume }))
     }))
 }

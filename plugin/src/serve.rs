@@ -26,6 +26,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::backups::Backups;
+use crate::inherited::Inherited;
 use crate::input::{self, Input};
 use crate::monitors::Monitors;
 use crate::requests::{self, Outcome};
@@ -50,6 +51,7 @@ const CLOSE_DEADLINE: Duration = Duration::from_secs(90);
 pub(crate) struct Config {
     pub(crate) places: Places,
     pub(crate) storage_daemon: PathBuf,
+    pub(crate) inherited: Inherited,
 }
 
 /// Why the loop ends.

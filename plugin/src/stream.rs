@@ -1,16 +1,23 @@
-//! One `backup.read`: an engine's chunks become records on standard output.
+//! One stream, of a `backup.read` or of a push to the host: an engine's chunks become
+//! records on standard output.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use qemu_fleece_engine::Error;
+use qemu_fleece_engine::chunk::Chunk;
 use qemu_fleece_engine::extent::{Content, length};
-use qemu_fleece_engine::pull::{Chunk, Pull};
+use qemu_fleece_engine::pull::Pull;
+use qemu_fleece_engine::push::Options;
+use qemu_fleece_engine::receive::Receive;
 use qemu_fleece_engine::view::{READ_MAX, View};
 use qemu_fleece_protocol::backup::{ReadParams, ReadResult, Release};
 use qemu_fleece_protocol::envelope::notification_line;
 use qemu_fleece_protocol::error::StateLeft;
 use qemu_fleece_protocol::event::{ProgressParams, RecordParams};
 use qemu_fleece_protocol::hello::Carrier;
+use qemu_fleece_protocol::push::PushResult;
 use qemu_fleece_protocol::record::Begin;
 use qemu_fleece_protocol::stream::Writer;
 use qemu_fleece_protocol::{Code, Id, MAX_PAYLOAD_BYTES, Record, WireError};
@@ -35,15 +42,33 @@ pub(crate) struct Stream {
     pub(crate) id: Id,
     pub(crate) begin: Begin,
     pub(crate) view: Arc<View>,
-    pub(crate) marks: Arc<Mutex<Marks>>,
     pub(crate) carrier: Carrier,
     pub(crate) outlet: Outlet,
     pub(crate) cancel: CancellationToken,
 }
 
+/// Where the chunks come from.
+enum Source {
+    /// We read; the stream can go on at these places.
+    Pull(Box<Pull>, Arc<Mutex<Marks>>),
+    /// QEMU writes.
+    Push(Box<Receive>),
+}
+
+impl Source {
+    async fn next(&mut self) -> Result<Option<Chunk>, Error> {
+        match self {
+            Self::Pull(pull, _) => pull.next().await,
+            Self::Push(push) => push.next().await,
+        }
+    }
+}
+
 /// A stream that has started.
 struct Running {
     stream: Stream,
+    /// None once it is over.
+    source: Option<Source>,
     writer: Writer,
     read_bytes: u64,
     scratch_peak: u64,
@@ -63,10 +88,10 @@ pub(crate) fn check(params: &ReadParams) -> Result<u64, WireError> {
 /// Streams the disk, from `begin` to `end` or `failed`.
 pub(crate) async fn run(
     mut stream: Stream,
+    marks: Arc<Mutex<Marks>>,
     params: ReadParams,
     cut: u64,
 ) -> Result<ReadResult, WireError> {
-    let started = Instant::now();
     let on_read = params.release == Release::OnRead;
     let pull = Pull::open(
         Arc::clone(&stream.view),
@@ -75,12 +100,11 @@ pub(crate) async fn run(
         stream.cancel.clone(),
     )
     .await;
-    let mut pull = match pull {
+    let pull = match pull {
         Ok(pull) => pull.cut_at(cut),
         Err(error) => return Err(wire::to_error(&error, StateLeft::BackupOpen)),
     };
-    let writer = stream
-        .marks
+    let writer = marks
         .lock()
         .unwrap_or_else(PoisonError::into_inner)
         .resume();
@@ -90,42 +114,87 @@ pub(crate) async fn run(
         return Err(WireError::new(Code::OffsetReleased, why).left(StateLeft::BackupOpen));
     }
     stream.begin.offset = params.offset;
-    let mut running = Running {
-        stream,
-        writer,
-        read_bytes: 0,
-        scratch_peak: 0,
-        told: started,
-    };
-    let streamed = running.stream(&mut pull).await;
-    // The disk is free for another request before this one is answered.
-    drop(pull);
-    match streamed {
-        Ok(digest) => Ok(ReadResult {
-            digest,
-            read_bytes: running.read_bytes,
-            scratch_peak: running.scratch_peak,
-            duration_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
-        }),
-        Err(error) => {
-            let (code, action) = (error.data.code.name().to_owned(), error.data.action);
-            let failed = Record::Failed {
-                code,
-                action,
-                offset: running.writer.offset(),
-            };
-            // A closed outlet has nobody to tell.
-            let _closed = running.send(failed, None).await;
-            Err(error)
-        }
-    }
+    let source = Source::Pull(Box::new(pull), marks);
+    let told = Running::start(stream, source, writer).run().await?;
+    Ok(ReadResult {
+        digest: told.digest,
+        read_bytes: told.read_bytes,
+        scratch_peak: told.scratch_peak,
+        duration_ms: told.duration_ms,
+    })
+}
+
+/// Streams what QEMU pushes to us, from `begin` to `end` or `failed`.
+pub(crate) async fn run_push(
+    stream: Stream,
+    options: Options,
+    runtime_dir: PathBuf,
+) -> Result<PushResult, WireError> {
+    let (view, cancel) = (Arc::clone(&stream.view), stream.cancel.clone());
+    let push = Receive::open(view, options, runtime_dir, cancel).await;
+    let push = push.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen))?;
+    let (mode, writer) = (stream.begin.mode, Writer::new(&stream.begin));
+    let source = Source::Push(Box::new(push));
+    let told = Running::start(stream, source, writer).run().await?;
+    Ok(PushResult {
+        mode,
+        copied_bytes: told.read_bytes,
+        scratch_peak: told.scratch_peak,
+        duration_ms: told.duration_ms,
+        digest: Some(told.digest),
+    })
+}
+
+/// What a complete stream comes to.
+struct Told {
+    digest: String,
+    read_bytes: u64,
+    scratch_peak: u64,
+    duration_ms: u64,
 }
 
 impl Running {
-    async fn stream(&mut self, pull: &mut Pull) -> Result<String, WireError> {
+    fn start(stream: Stream, source: Source, writer: Writer) -> Self {
+        Self {
+            stream,
+            source: Some(source),
+            writer,
+            read_bytes: 0,
+            scratch_peak: 0,
+            told: Instant::now(),
+        }
+    }
+
+    async fn run(mut self) -> Result<Told, WireError> {
+        let started = Instant::now();
+        let streamed = self.stream().await;
+        // The disk is free for another request before this one is answered.
+        self.source = None;
+        match streamed {
+            Ok(digest) => Ok(Told {
+                digest,
+                read_bytes: self.read_bytes,
+                scratch_peak: self.scratch_peak,
+                duration_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            }),
+            Err(error) => {
+                let (code, action) = (error.data.code.name().to_owned(), error.data.action);
+                let failed = Record::Failed {
+                    code,
+                    action,
+                    offset: self.writer.offset(),
+                };
+                // A closed outlet has nobody to tell.
+                let _closed = self.send(failed, None).await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn stream(&mut self) -> Result<String, WireError> {
         self.send_or_cancel(Record::Begin(self.stream.begin.clone()), None)
             .await?;
-        while let Some(chunk) = self.next(pull).await? {
+        while let Some(chunk) = self.next().await? {
             let record = match (&chunk.extent.content, &chunk.bytes) {
                 (Content::Data, Some(bytes)) => self.writer.data(bytes),
                 (Content::Zero { hole }, _) => self.writer.zero(length(&chunk.extent.range), *hole),
@@ -135,15 +204,23 @@ impl Running {
                 }
             };
             self.send_or_cancel(record, Some(chunk)).await?;
-            self.stream
-                .marks
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .pass(&self.writer);
-            self.read_bytes = pull.read_bytes();
+            match &self.source {
+                Some(Source::Pull(pull, marks)) => {
+                    marks
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .pass(&self.writer);
+                    self.read_bytes = pull.read_bytes();
+                }
+                Some(Source::Push(push)) => self.read_bytes = push.progress().done,
+                None => {}
+            }
             if self.told.elapsed() >= PROGRESS_EVERY {
                 self.progress().await?;
             }
+        }
+        if let Some(Source::Push(push)) = &self.source {
+            self.read_bytes = push.progress().done;
         }
         self.progress().await?;
         let end = self.writer.end();
@@ -153,17 +230,24 @@ impl Running {
     }
 
     /// The next chunk, with a heartbeat as long as there is none.
-    async fn next(&mut self, pull: &mut Pull) -> Result<Option<Chunk>, WireError> {
-        let next = pull.next();
-        tokio::pin!(next);
-        loop {
-            let silence = self.told + HEARTBEAT;
-            tokio::select! {
-                biased;
-                found = &mut next => return found.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen)),
-                () = tokio::time::sleep_until(silence) => self.progress().await?,
+    async fn next(&mut self) -> Result<Option<Chunk>, WireError> {
+        let Some(mut source) = self.source.take() else {
+            return Ok(None);
+        };
+        let found = {
+            let next = source.next();
+            tokio::pin!(next);
+            loop {
+                let silence = self.told + HEARTBEAT;
+                tokio::select! {
+                    biased;
+                    found = &mut next => break found,
+                    () = tokio::time::sleep_until(silence) => self.progress().await?,
+                }
             }
-        }
+        };
+        self.source = Some(source);
+        found.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen))
     }
 
     async fn progress(&mut self) -> Result<(), WireError> {

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{BufWriter, IoSlice, Write};
 
-use qemu_fleece_engine::pull::Slice;
+use qemu_fleece_engine::chunk::Slice;
 use tokio::sync::{mpsc, oneshot};
 
 /// Lines that wait to be written, payloads with them.

@@ -39,6 +39,10 @@ pub struct BeginParams {
     /// Directory for the scratch files; absent: the plugin's `--scratch-dir`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scratch_dir: Option<String>,
+    /// Keep readable also what did not change since the base, rather than give it back at
+    /// once: for programs that read the whole of an exported disk. Takes more scratch.
+    #[serde(default)]
+    pub keep_unchanged: bool,
 }
 
 /// A disk of a backup.

@@ -147,14 +147,24 @@ codes! {
     PointInTimeLost = "point_in_time_lost", -32000, Retry;
     /// The offset was given back, or is no place to go on from; `offset` says which one is.
     OffsetReleased = "offset_released", -32000, FixRequest;
-    /// The disk is being read by another request.
+    /// The disk is being read or pushed by another request.
     StreamActive = "stream_active", -32000, FixRequest;
-    /// A disk to be committed was not read to its end.
+    /// A disk to be committed was not read to its end, pushed or exported.
     Incomplete = "incomplete", -32000, FixRequest;
-    /// The restore's target exists.
+    /// The target of a restore or push exists.
     TargetExists = "target_exists", -32000, FixRequest;
-    /// The restore's target cannot be made or written.
+    /// The target of a restore or push cannot be made or written, or is full.
     TargetUnwritable = "target_unwritable", -32000, FreeSpace;
+    /// The push target cannot be connected to, or does not greet.
+    TargetUnreachable = "target_unreachable", -32000, Retry;
+    /// QEMU cannot use the push target: no such export, TLS or its credentials refused, no image of that format.
+    TargetRefused = "target_refused", -32000, AskOperator;
+    /// The push target cannot hold this disk: another size, read-only, clusters over 64 KiB.
+    TargetMismatch = "target_mismatch", -32000, FixRequest;
+    /// Writing to the push target failed: it answered with an error, or ended.
+    TargetFailed = "target_failed", -32000, Retry;
+    /// The push target took nothing for `timeout_ms`.
+    TargetTimeout = "target_timeout", -32000, Retry;
     /// `qemu-storage-daemon` cannot be started, or ended early.
     StorageDaemonFailed = "storage_daemon_failed", -32000, AskOperator;
     /// The record stream contradicts itself, its checks or its chain; `offset` says where.

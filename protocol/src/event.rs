@@ -9,7 +9,7 @@ use crate::record::Record;
 /// Parameters of `record`: one record of a stream.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RecordParams {
-    /// The `backup.read` request that asked for the stream.
+    /// The `backup.read` or `backup.push` request that asked for the stream.
     pub stream: Id,
     /// The record.
     pub record: Record,
@@ -18,18 +18,18 @@ pub struct RecordParams {
     pub data: Option<String>,
 }
 
-/// Parameters of `progress`: at most 4 a second for a stream, at least one each 10 s.
+/// Parameters of `progress`: at most 4 a second for a stream or push, at least one each 10 s.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ProgressParams {
     /// The request that it is about.
     pub stream: Id,
     /// The disk.
     pub disk: String,
-    /// Bytes of the disk that are passed; never falls.
+    /// Bytes of the disk that are passed; in a push, that QEMU has worked through. Never falls.
     pub done: u64,
-    /// Bytes of the disk.
+    /// Bytes of the disk; in a push, that QEMU has to work through.
     pub total: u64,
-    /// Bytes of `data` records so far.
+    /// Bytes of `data` records so far; 0 in a push to another target.
     pub data_bytes: u64,
     /// Bytes that the disk's scratch file takes now.
     pub scratch_bytes: u64,

@@ -4,7 +4,7 @@ use schemars::generate::{SchemaGenerator, SchemaSettings};
 use schemars::{JsonSchema, Schema};
 use serde_json::{Map, Value, json};
 
-use crate::{backup, checkpoint, error, event, hello, record, restore, vm};
+use crate::{backup, checkpoint, error, event, export, hello, push, record, restore, vm};
 
 /// The whole of the wire as one JSON document: `$defs` as JSON Schema 2020-12,
 /// and per method and notification a reference to its parameters and result.
@@ -94,6 +94,21 @@ pub fn schema() -> Value {
             of::<backup::ReadResult>(g),
         );
         method(
+            "backup.push",
+            of::<push::PushParams>(g),
+            of::<push::PushResult>(g),
+        );
+        method(
+            "backup.export",
+            of::<export::ExportParams>(g),
+            of::<export::ExportResult>(g),
+        );
+        method(
+            "backup.map",
+            of::<export::MapParams>(g),
+            of::<export::MapResult>(g),
+        );
+        method(
             "backup.ack",
             of::<backup::AckParams>(g),
             of::<backup::AckResult>(g),
@@ -131,6 +146,7 @@ pub fn schema() -> Value {
     }
     let notifications = json!({
         "record": of::<event::RecordParams>(&mut types),
+        "extents": of::<export::ExtentsParams>(&mut types),
         "progress": of::<event::ProgressParams>(&mut types),
         "vm": of::<event::VmParams>(&mut types),
     });

@@ -56,12 +56,8 @@ pub async fn negotiate<S>(stream: &mut S, name: &str, context: Option<&str>) -> 
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    if name.len() > MAX_STRING || context.is_some_and(|context| context.len() > MAX_STRING) {
-        return Err(
-            Error::new(Kind::InvalidRequest, "negotiating with the NBD server")
-                .because(format!("a name is longer than {MAX_STRING} bytes")),
-        );
-    }
+    check_name(name)?;
+    check_name(context.unwrap_or_default())?;
     let mut talk = Talk { stream };
     let no_zeroes = talk.greet().await?;
     let replies = talk.replies().await?;
@@ -69,11 +65,52 @@ where
         Some(context) => Some(talk.context(name, context, replies).await?),
         None => None,
     };
-    let found = match talk.go(name).await? {
-        Some(found) => found,
-        None => talk.export_name(name, no_zeroes).await?,
-    };
+    let found = talk.enter(name, no_zeroes).await?;
     found.check(replies, context)
+}
+
+/// [`negotiate`] of simple replies, which every server has, and no context.
+///
+/// # Errors
+/// As there.
+pub(crate) async fn negotiate_simple<S>(stream: &mut S, name: &str) -> Result<Export>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    check_name(name)?;
+    let mut talk = Talk { stream };
+    let no_zeroes = talk.greet().await?;
+    let found = talk.enter(name, no_zeroes).await?;
+    found.check(Replies::Simple, None)
+}
+
+/// Agrees with the server that TLS is next.
+///
+/// # Errors
+/// [`Kind::NbdUnreachable`] where it refuses; else as of [`negotiate`].
+pub(crate) async fn start_tls<S>(stream: &mut S) -> Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let mut talk = Talk { stream };
+    talk.greet().await?;
+    talk.option(option::START_TLS, &[]).await?;
+    let reply = talk.option_reply(option::START_TLS).await?;
+    match reply.kind {
+        option_reply::ACK => Ok(()),
+        _ if reply.is_refusal() => Err(reply.refusal("TLS")),
+        kind => Err(broken(format!("a reply of type {kind} to STARTTLS"))),
+    }
+}
+
+fn check_name(name: &str) -> Result<()> {
+    if name.len() > MAX_STRING {
+        return Err(
+            Error::new(Kind::InvalidRequest, "negotiating with the NBD server")
+                .because(format!("a name is longer than {MAX_STRING} bytes")),
+        );
+    }
+    Ok(())
 }
 
 /// What GO or EXPORT_NAME tells.
@@ -270,6 +307,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<'_, S> {
         Err(broken("no end of replies to SET_META_CONTEXT"))
     }
 
+    async fn enter(&mut self, name: &str, no_zeroes: bool) -> Result<Found> {
+        match self.go(name).await? {
+            Some(found) => Ok(found),
+            None => self.export_name(name, no_zeroes).await,
+        }
+    }
+
     /// `None` when the server does not know GO.
     async fn go(&mut self, name: &str) -> Result<Option<Found>> {
         let mut data = Vec::new();
@@ -340,3 +384,6 @@ fn put_string(data: &mut Vec<u8>, text: &str) -> Result<()> {
 fn closed(error: std::io::Error) -> Error {
     Error::new(Kind::NbdClosed, "negotiating with the NBD server").because(error)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,4 +1,4 @@
-//! The NBD client: one protocol step a file.
+//! NBD, the client and a small server: one protocol step a file.
 //!
 //! ```text
 //! client (submits, and writes from a queue) --> pending (who waits, and until when)
@@ -6,16 +6,22 @@
 //! incoming (reads, always) ------------------------+--> reply (one reply, checked) --> wire
 //! handshake (one connection, one context) ---------------------------------------------^
 //! status (block status -> flags) <-- reply
+//! cursor (block status of a range, piece by piece) --> client
+//! serve (the server's side, for a QEMU that pushes to us) --> wire
 //! ```
 //! Section names in the docstrings are those of the NBD protocol specification.
 
 pub mod client;
+mod cursor;
 pub mod handshake;
 mod incoming;
 mod pending;
 mod reply;
+pub(crate) mod serve;
 pub mod status;
 pub mod wire;
 
 pub use client::{Address, Client, Ticket};
+pub(crate) use cursor::Cursor;
 pub use handshake::Export;
+pub(crate) use handshake::{negotiate_simple, start_tls};

@@ -18,6 +18,8 @@ pub mod option {
     pub const EXPORT_NAME: u32 = 1;
     /// Ends the negotiation.
     pub const ABORT: u32 = 2;
+    /// Encrypts all that follows.
+    pub const START_TLS: u32 = 5;
     /// Enters transmission.
     pub const GO: u32 = 7;
     /// Structured replies.

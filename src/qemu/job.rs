@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use qapi::qmp::{job_cancel, job_dismiss};
+use qapi::qmp::{job_cancel, job_dismiss, job_finalize};
 use serde_json::Value;
 use tokio::sync::broadcast;
 use tokio::time::Instant;
@@ -24,6 +24,8 @@ pub async fn run(
     id: &str,
     deadline: Duration,
 ) -> Result<()> {
+    let turn = qmp.turn().await;
+    let qmp = &*turn;
     let mut events = qmp.events();
     qmp.execute_raw(command, arguments).await?;
     let failed =
@@ -45,6 +47,8 @@ pub async fn run(
 /// # Errors
 /// [`Kind::QemuTimeout`]; the monitor's.
 pub async fn cancel(qmp: &Qmp, id: &str, deadline: Duration) -> Result<()> {
+    let turn = qmp.turn().await;
+    let qmp = &*turn;
     let mut events = qmp.events();
     let Some(job) = find(qmp, id).await? else {
         return Ok(());
@@ -63,6 +67,25 @@ pub async fn cancel(qmp: &Qmp, id: &str, deadline: Duration) -> Result<()> {
     qmp.execute(&job_dismiss { id: id.to_owned() })
         .await
         .map(drop)
+}
+
+/// Lets the job `id`, which is pending, do what it does at its end; waits until it is
+/// concluded, and dismisses it.
+///
+/// # Errors
+/// [`Kind::QemuRefused`] with the job's own error; [`Kind::QemuTimeout`]; the monitor's.
+pub async fn finalize(qmp: &Qmp, id: &str, deadline: Duration) -> Result<()> {
+    let turn = qmp.turn().await;
+    let mut events = turn.events();
+    turn.execute(&job_finalize { id: id.to_owned() }).await?;
+    let job = concluded(&turn, &mut events, id, deadline).await?;
+    let dismissed = turn.execute(&job_dismiss { id: id.to_owned() }).await;
+    match job.and_then(|job| job.error) {
+        Some(error) => {
+            Err(Error::new(Kind::QemuRefused, format!("ending job {id}")).because(error))
+        }
+        None => dismissed.map(drop),
+    }
 }
 
 /// Waits until the job is concluded (`Some`) or gone (`None`). Each event is only

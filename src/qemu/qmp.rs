@@ -14,6 +14,7 @@
 //! value, so an unknown one harms nothing.
 
 use std::collections::HashMap;
+use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +22,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
-use tokio::sync::{broadcast, mpsc, oneshot};
+use tokio::sync::{Mutex, OwnedMutexGuard, broadcast, mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::error::{Error, Kind, Result};
@@ -31,6 +32,21 @@ use crate::qemu::line::{Lines, Message};
 
 /// How long a command may take unless its caller says otherwise.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Commands that change which nodes there are and how they hang together. See [`Turn`].
+const CHANGES: &[&str] = &[
+    "block-export-add",
+    "block-export-del",
+    "block_resize",
+    "blockdev-add",
+    "blockdev-backup",
+    "blockdev-create",
+    "blockdev-del",
+    "job-cancel",
+    "job-finalize",
+    "nbd-server-stop",
+    "transaction",
+];
 
 /// Commands that wait to be sent.
 const COMMANDS: usize = 64;
@@ -64,6 +80,9 @@ pub struct Qmp {
     /// Weak: receivers see the end of the connection while handles live.
     events: broadcast::WeakSender<Event>,
     passes_fds: bool,
+    turns: Arc<Mutex<()>>,
+    /// This handle has the turn already.
+    has_turn: bool,
     /// The actor ends with the last handle, even in the middle of a send.
     _alive: Arc<DropGuard>,
 }
@@ -140,6 +159,8 @@ impl Qmp {
             commands,
             events: events.downgrade(),
             passes_fds: false,
+            turns: Arc::default(),
+            has_turn: false,
             _alive: Arc::new(end.clone().drop_guard()),
         };
         let actor = Actor {
@@ -172,6 +193,22 @@ impl Qmp {
     #[must_use]
     pub fn can_pass_fds(&self) -> bool {
         self.passes_fds
+    }
+
+    /// Waits for the turn to change QEMU's nodes, and takes it.
+    pub async fn turn(&self) -> Turn {
+        let guard = if self.has_turn {
+            None
+        } else {
+            Some(Arc::clone(&self.turns).lock_owned().await)
+        };
+        Turn {
+            qmp: Self {
+                has_turn: true,
+                ..self.clone()
+            },
+            _guard: guard,
+        }
     }
 
     /// Whether the connection has ended.
@@ -254,6 +291,11 @@ impl Qmp {
         fd: Option<OwnedFd>,
         deadline: Duration,
     ) -> Result<Value> {
+        let _turn = if CHANGES.contains(&name) {
+            Some(self.turn().await)
+        } else {
+            None
+        };
         let (answer, answered) = oneshot::channel();
         let command = Command {
             name,
@@ -274,6 +316,26 @@ impl Qmp {
                 Err(Error::new(Kind::QemuTimeout, format!("executing {name}"))
                     .because(format!("no answer within {deadline:?}")))
             })
+    }
+}
+
+/// The turn to change QEMU's nodes: a handle whose commands need not wait for it.
+///
+/// One at a time, until it is seen that a change is done: a job that ends, or an export that
+/// goes, does so in its own time, and QEMU 10.0.2 was seen to abort when that fell into
+/// another change ("bdrv\_graph\_wrlock: Assertion `!qatomic_read(&has_writer)' failed",
+/// disks on iothreads). A single command takes and leaves the turn by itself.
+#[derive(Debug)]
+pub struct Turn {
+    qmp: Qmp,
+    _guard: Option<OwnedMutexGuard<()>>,
+}
+
+impl Deref for Turn {
+    type Target = Qmp;
+
+    fn deref(&self) -> &Qmp {
+        &self.qmp
     }
 }
 

@@ -152,6 +152,32 @@ pub struct Job {
     pub error: Option<String>,
 }
 
+/// A job that works on nodes (QAPI `BlockJobInfo`).
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BlockJob {
+    /// Its id.
+    pub device: String,
+    /// `running`, `paused`, `pending`, `concluded`, ...
+    pub status: String,
+    /// How far it is, in bytes.
+    pub offset: u64,
+    /// How far it has to go; may grow.
+    pub len: u64,
+    /// `ok`; `nospace` or `failed` where it has stopped for an error.
+    pub io_status: String,
+    /// Why it failed.
+    pub error: Option<String>,
+}
+
+/// `query-block-jobs`.
+///
+/// # Errors
+/// QEMU's, the monitor's.
+pub async fn block_jobs(qmp: &Qmp) -> Result<Vec<BlockJob>> {
+    ask(qmp, "query-block-jobs", json!({})).await
+}
+
 /// `query-jobs`.
 ///
 /// # Errors
@@ -188,6 +214,8 @@ pub struct Image {
     pub virtual_size: u64,
     /// Bytes that its file takes, where that is known.
     pub actual_size: Option<u64>,
+    /// Bytes of a cluster, of formats that have them.
+    pub cluster_size: Option<u64>,
     /// What is special to the format.
     pub format_specific: Option<FormatSpecific>,
 }

@@ -13,6 +13,9 @@ pub struct Names {
     stem: String,
 }
 
+/// Bytes of a cluster, the grain of copies: QEMU's least, and the grain of our bitmaps.
+pub const CLUSTER: u64 = 65536;
+
 /// What all temporary objects' names start with.
 pub const PREFIX: &str = "qf-";
 
@@ -73,7 +76,61 @@ impl Names {
         format!("{}-new", self.stem)
     }
 
-    /// A node that is written to for its dirty bitmap only.
+    /// The export of the view for the host's own clients.
+    #[must_use]
+    pub fn public_export(&self) -> String {
+        format!("{}-x", self.stem)
+    }
+
+    /// The bitmap, on the view, of that export.
+    #[must_use]
+    pub fn public_bitmap(&self) -> String {
+        format!("{}-xb", self.stem)
+    }
+
+    /// The job that pushes the view.
+    #[must_use]
+    pub fn push(&self) -> String {
+        format!("{}-push", self.stem)
+    }
+
+    /// The filter that this job puts above the view.
+    #[must_use]
+    pub fn push_filter(&self) -> String {
+        format!("{}-pf", self.stem)
+    }
+
+    /// The bitmap, on the view, of what it pushes.
+    #[must_use]
+    pub fn push_bitmap(&self) -> String {
+        format!("{}-pb", self.stem)
+    }
+
+    /// The node that it writes to; its export, to be flushed by.
+    #[must_use]
+    pub fn target(&self) -> String {
+        format!("{}-t", self.stem)
+    }
+
+    /// The file below that.
+    #[must_use]
+    pub fn target_file(&self) -> String {
+        format!("{}-tf", self.stem)
+    }
+
+    /// The job that formats it.
+    #[must_use]
+    pub fn format_target(&self) -> String {
+        format!("{}-tc", self.stem)
+    }
+
+    /// The credentials for the target's server.
+    #[must_use]
+    pub fn credentials(&self) -> String {
+        format!("{}-tls", self.stem)
+    }
+
+    /// A node that is written to for its dirty bitmap only; its export too.
     #[must_use]
     pub fn canvas(&self) -> String {
         format!("{}-p", self.stem)
@@ -222,7 +279,7 @@ pub fn canvas(names: &Names, size: u64) -> Value {
 /// `block-export-add`: that node over NBD.
 #[must_use]
 pub fn canvas_export(names: &Names) -> Value {
-    json!({"type": "nbd", "id": names.job(), "node-name": names.canvas(), "name": names.canvas(), "writable": true})
+    json!({"type": "nbd", "id": names.canvas(), "node-name": names.canvas(), "name": names.canvas(), "writable": true})
 }
 
 /// `blockdev-add`: the file below the scratch image.
@@ -253,15 +310,127 @@ pub fn view(names: &Names) -> Value {
     json!({"driver": "snapshot-access", "node-name": names.view(), "file": names.filter(), "discard": "unmap"})
 }
 
-/// `block-export-add`: the view over NBD. Writable only for TRIM, which gives
+/// `block-export-add`: the view over NBD, for us. Writable only for TRIM, which gives
 /// parts of the view back; QEMU refuses every other write to it.
 #[must_use]
-pub fn export(names: &Names, name: &str, node: &str, incremental: bool) -> Value {
-    let mut export = json!({"type": "nbd", "id": names.job(), "node-name": names.view(), "name": name, "writable": true});
+pub fn export(names: &Names, node: &str, incremental: bool) -> Value {
+    let mut export = json!({"type": "nbd", "id": names.job(), "node-name": names.view(),
+        "name": names.view(), "writable": true});
     if incremental {
         export["bitmaps"] = json!([{"node": node, "name": names.changes()}]);
     }
     export
+}
+
+/// `block-export-add`: the view over NBD, read-only, for clients of the host's.
+#[must_use]
+pub fn public_export(names: &Names, name: &str, incremental: bool) -> Value {
+    let view = names.view();
+    let mut export = json!({"type": "nbd", "id": names.public_export(), "node-name": view,
+        "name": name, "writable": false});
+    if incremental {
+        export["bitmaps"] = json!([{"node": view, "name": names.public_bitmap()}]);
+    }
+    export
+}
+
+/// What is pushed of a view.
+#[derive(Clone, Debug)]
+pub struct Push {
+    /// Only what bitmap [`Names::push_bitmap`] of the view holds.
+    pub by_bitmap: bool,
+    /// Compressed clusters.
+    pub compress: bool,
+    /// Most bytes a second; 0: no limit.
+    pub speed: u64,
+    /// Writes under way at a time.
+    pub workers: u64,
+    /// Longest read of the view; 0: as QEMU likes.
+    pub max_chunk: u64,
+    /// The view forgets what was written.
+    pub discard_source: bool,
+}
+
+/// `blockdev-backup`: the view to the target. Out of the point in time, not from the
+/// disk: the guest does not wait for the target.
+#[must_use]
+pub fn push(names: &Names, push: &Push) -> Value {
+    let mut job = json!({"job-id": names.push(), "device": names.view(), "target": names.target(),
+        "filter-node-name": names.push_filter(), "auto-dismiss": false, "compress": push.compress,
+        "speed": push.speed, "sync": "full",
+        // Its end changes QEMU's nodes, and so do errors that end it: both wait for their turn.
+        "auto-finalize": false, "on-source-error": "stop", "on-target-error": "stop",
+        "x-perf": {"max-workers": push.workers, "max-chunk": push.max_chunk}});
+    if push.by_bitmap {
+        job["sync"] = json!("bitmap");
+        job["bitmap"] = json!(names.push_bitmap());
+        // The checkpoints are ours to keep.
+        job["bitmap-mode"] = json!("never");
+    }
+    if push.discard_source {
+        job["discard-source"] = json!(true);
+    }
+    job
+}
+
+/// `transaction`: bitmap `name` of the view, from bitmap `from` of `node`. Each user of a
+/// bitmap needs a copy of its own: an export, and a job, keep it busy.
+#[must_use]
+pub fn view_bitmap(names: &Names, name: &str, granularity: u64, node: &str, from: &str) -> Value {
+    let view = names.view();
+    transaction(vec![
+        add_bitmap(&view, name, granularity, false, true),
+        merge_bitmap(&view, name, node, from),
+    ])
+}
+
+/// `blockdev-add`: the file or block device that is pushed to.
+#[must_use]
+pub fn target_file(names: &Names, filename: &str, is_device: bool) -> Value {
+    let driver = if is_device { "host_device" } else { "file" };
+    json!({"driver": driver, "node-name": names.target_file(), "filename": filename, "discard": "unmap"})
+}
+
+/// `blockdev-create`: an empty qcow2 of `size` bytes in that file, which names the image
+/// and format below it.
+#[must_use]
+pub fn format_target(names: &Names, size: u64, backing: Option<(&str, &str)>) -> Value {
+    let mut options = json!({"driver": "qcow2", "file": names.target_file(), "size": size});
+    if let Some((file, format)) = backing {
+        options["backing-file"] = json!(file);
+        options["backing-fmt"] = json!(format);
+    }
+    json!({"job-id": names.format_target(), "options": options})
+}
+
+/// `blockdev-add`: the image in that file, `size` bytes of it where that is less than all.
+/// The image below is left out: nothing is read through this one.
+#[must_use]
+pub fn target_image(names: &Names, driver: &str, size: Option<u64>) -> Value {
+    let mut image = json!({"driver": driver, "node-name": names.target(), "file": names.target_file(),
+        "discard": "unmap", "detect-zeroes": "unmap"});
+    if driver != "raw" {
+        image["backing"] = Value::Null;
+    }
+    if let Some(size) = size {
+        image["size"] = json!(size);
+    }
+    image
+}
+
+/// `blockdev-add`: an NBD server's export. One that cannot be written is opened all the
+/// same, to be told apart from one that cannot be opened.
+#[must_use]
+pub fn target_server(names: &Names, server: &Value, export: &str) -> Value {
+    json!({"driver": "nbd", "node-name": names.target(), "server": server, "export": export,
+        "auto-read-only": true})
+}
+
+/// `block-export-add`: the target, to be flushed through. Who may not write flushes nothing.
+#[must_use]
+pub fn target_export(names: &Names) -> Value {
+    json!({"type": "nbd", "id": names.target(), "node-name": names.target(), "name": names.target(),
+        "writable": true})
 }
 
 #[cfg(test)]
@@ -322,8 +491,34 @@ mod tests {
         fits::<qmp::blockdev_create>(&format_scratch(&names, 1 << 40));
         fits::<qmp::blockdev_add>(&scratch(&names));
         fits::<qmp::blockdev_add>(&view(&names));
-        fits::<qmp::block_export_add>(&export(&names, "disk0", "a", true));
-        fits::<qmp::block_export_add>(&export(&names, "disk0", "a", false));
+        fits::<qmp::block_export_add>(&export(&names, "a", true));
+        fits::<qmp::block_export_add>(&public_export(&names, "disk0", true));
+    }
+
+    #[test]
+    fn all_commands_of_a_push_fit_qemus_schema() {
+        let names = names();
+        let how = Push {
+            by_bitmap: true,
+            compress: true,
+            speed: 1,
+            workers: 8,
+            max_chunk: CLUSTER,
+            discard_source: true,
+        };
+        fits::<qmp::blockdev_backup>(&push(&names, &how));
+        fits::<qmp::transaction>(&view_bitmap(&names, "p", CLUSTER, "a", "b"));
+        fits::<qmp::blockdev_add>(&target_file(&names, "/t", true));
+        fits::<qmp::blockdev_create>(&format_target(&names, 1 << 40, Some(("b", "raw"))));
+        fits::<qmp::blockdev_add>(&target_image(&names, "raw", Some(512)));
+        let mut image = target_image(&names, "qcow2", None);
+        // serde takes null for absent; to QEMU it is "none".
+        assert_eq!(image["backing"].take(), Value::Null);
+        image.as_object_mut().unwrap().remove("backing");
+        fits::<qmp::blockdev_add>(&image);
+        let server = json!({"type": "unix", "path": "/s"});
+        fits::<qmp::blockdev_add>(&target_server(&names, &server, "e"));
+        fits::<qmp::block_export_add>(&target_export(&names));
     }
 
     #[test]
@@ -360,6 +555,9 @@ mod tests {
             names.scratch(),
             names.scratch_file(),
             names.canvas(),
+            names.target(),
+            names.target_file(),
+            names.push_filter(),
         ] {
             assert!(name.len() <= 31, "{name}");
         }

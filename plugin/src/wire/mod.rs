@@ -4,9 +4,9 @@ pub(crate) mod checkpoint;
 
 use qemu_fleece_engine::checkpoint::{Checkpoint, FullReason as EngineReason, Id, Name};
 use qemu_fleece_engine::estimate::Estimate;
+use qemu_fleece_engine::image as engine_image;
 use qemu_fleece_engine::plan::{Choice, DiskPlan, Wish};
 use qemu_fleece_engine::qemu::discover::Disk;
-use qemu_fleece_engine::restore as engine_restore;
 use qemu_fleece_engine::session::{Committed, Session, SessionDisk};
 use qemu_fleece_engine::{Error, Kind};
 use qemu_fleece_protocol::backup::{
@@ -51,6 +51,11 @@ fn code(kind: Kind) -> Code {
         Kind::Incomplete => Code::Incomplete,
         Kind::TargetExists => Code::TargetExists,
         Kind::TargetUnwritable => Code::TargetUnwritable,
+        Kind::TargetUnreachable => Code::TargetUnreachable,
+        Kind::TargetRefused => Code::TargetRefused,
+        Kind::TargetMismatch => Code::TargetMismatch,
+        Kind::TargetFailed => Code::TargetFailed,
+        Kind::TargetTimeout => Code::TargetTimeout,
         Kind::StorageDaemonFailed => Code::StorageDaemonFailed,
         Kind::StreamDamaged => Code::StreamDamaged,
         Kind::Cancelled => Code::Cancelled,
@@ -141,6 +146,7 @@ pub(crate) fn from_begin(params: &BeginParams) -> Result<Wish, WireError> {
         base: params.base.as_deref().map(from_name).transpose()?,
         checkpoint: params.checkpoint.as_deref().map(from_name).transpose()?,
         strict: params.strict,
+        keep_unchanged: params.keep_unchanged,
     })
 }
 
@@ -151,6 +157,7 @@ pub(crate) fn from_estimate(params: &EstimateParams) -> Result<Wish, WireError> 
         base: params.base.as_deref().map(from_name).transpose()?,
         checkpoint: None,
         strict: false,
+        keep_unchanged: false,
     })
 }
 
@@ -269,9 +276,9 @@ pub(crate) fn to_estimate(estimate: &Estimate) -> DiskEstimate {
     }
 }
 
-pub(crate) fn from_format(format: Format) -> engine_restore::Format {
+pub(crate) fn from_format(format: Format) -> engine_image::Format {
     match format {
-        Format::Raw => engine_restore::Format::Raw,
-        Format::Qcow2 => engine_restore::Format::Qcow2,
+        Format::Raw => engine_image::Format::Raw,
+        Format::Qcow2 => engine_image::Format::Qcow2,
     }
 }

@@ -1,0 +1,228 @@
+//! Where a push goes: what the host provides, opened as a node of QEMU's.
+//!
+//! ```text
+//! file       new file beside its place --> QEMU --> closed --> synced, named
+//! existing   file or device            --> QEMU --> closed --> synced
+//! nbd        the host's server <-- relay <-- QEMU
+//! receiver   we <-- QEMU
+//! ```
+//! Nothing is changed before QEMU has the right to write it.
+
+mod file;
+mod server;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::error::{Error, Kind, Result};
+use crate::image::{self, Format};
+use crate::offer::Door;
+use crate::qemu::step::{CLUSTER, Names};
+use crate::qemu::{Qmp, query};
+use crate::teardown::{Teardown, Undo};
+use crate::view::View;
+
+pub use file::Place;
+use file::{Durable, check_new};
+pub use server::{NbdServer, Tls};
+
+/// How long a server gets to hang up once QEMU has said goodbye.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// What the host provides.
+pub enum Target {
+    /// A new image.
+    File {
+        /// An absolute path where nothing is yet.
+        path: PathBuf,
+        /// Its format.
+        format: Format,
+        /// The image below it, by the name that shall stand in it: in an incremental.
+        backing: Option<(String, Format)>,
+    },
+    /// An image or block device that is there.
+    Existing {
+        /// Its path, or the file itself.
+        place: Place,
+        /// Its format.
+        format: Format,
+        /// It reads as zeros.
+        is_zero: bool,
+    },
+    /// An NBD server.
+    Nbd {
+        /// Where it is.
+        server: NbdServer,
+        /// The export's name.
+        export: String,
+        /// It reads as zeros.
+        is_zero: bool,
+        /// How the connection is encrypted.
+        tls: Option<Tls>,
+    },
+    /// Ourselves: who gets this serves QEMU.
+    Receiver(oneshot::Sender<Receiver>),
+}
+
+/// QEMU's connection to us, to come.
+#[derive(Debug)]
+pub struct Receiver {
+    pub(crate) door: Door,
+}
+
+/// A target that is open in QEMU as node [`Names::target`].
+#[derive(Debug, Default)]
+pub(crate) struct Opened {
+    /// Zeros need not be written.
+    pub(crate) is_zero: bool,
+    /// A raw file, which may be emptied first.
+    pub(crate) can_empty: bool,
+    cut: CancellationToken,
+    relay: Option<JoinHandle<()>>,
+    durable: Option<Durable>,
+    /// To be named: the hidden file, and its name.
+    new: Option<(PathBuf, PathBuf)>,
+}
+
+impl Opened {
+    /// Lets go of a server that hangs: QEMU's requests to it fail from here on.
+    pub(crate) fn cut(&self) {
+        self.cut.cancel();
+    }
+
+    /// The hidden file, which [`Opened::finish`] needs.
+    pub(crate) fn new_file(&self) -> Option<Undo> {
+        let (partial, _) = self.new.as_ref()?;
+        Some(Undo::File(partial.clone()))
+    }
+
+    /// Brings to stable storage, and gives its name to, what QEMU has closed.
+    ///
+    /// # Errors
+    /// [`Kind::TargetUnwritable`], [`Kind::TargetExists`]: a new file is gone then.
+    pub(crate) async fn finish(self) -> Result<()> {
+        if let Some(relay) = self.relay {
+            let _stays = tokio::time::timeout(GOODBYE, relay).await;
+            self.cut.cancel();
+        }
+        let synced = match self.durable {
+            Some(durable) => durable.sync().await.map_err(|error| {
+                Error::new(Kind::TargetUnwritable, "syncing the target").because(error)
+            }),
+            None => Ok(()),
+        };
+        if let Some((partial, path)) = self.new {
+            let named = match synced {
+                Ok(()) => image::publish(partial.clone(), path).await,
+                Err(error) => Err(error),
+            };
+            if named.is_err() {
+                let _gone = std::fs::remove_file(partial);
+            }
+            return named;
+        }
+        synced
+    }
+}
+
+/// Opens `target` for all of `view`.
+///
+/// # Errors
+/// The `Target*` kinds; [`Kind::InvalidRequest`] for a target that cannot hold such a
+/// view. What was made is on `teardown`.
+pub(crate) async fn open(
+    target: Target,
+    view: &View,
+    runtime_dir: &Path,
+    timeout: Duration,
+    cancel: &CancellationToken,
+    teardown: &mut Teardown,
+) -> Result<Opened> {
+    let opening = Opening {
+        qmp: view.qmp(),
+        names: view.names(),
+        size: view.size(),
+        runtime_dir,
+        timeout,
+        cancel,
+    };
+    let opened = match target {
+        Target::File {
+            path,
+            format,
+            backing,
+        } => {
+            check_new(view, &path, format, backing.as_ref())?;
+            opening.new_file(path, format, backing, teardown).await
+        }
+        Target::Existing {
+            place,
+            format,
+            is_zero,
+        } => opening.existing(place, format, is_zero, teardown).await,
+        Target::Nbd {
+            server,
+            export,
+            is_zero,
+            tls,
+        } => {
+            let opened = opening.server(server, &export, tls, teardown).await?;
+            Ok(Opened { is_zero, ..opened })
+        }
+        Target::Receiver(to) => opening.receiver(to, teardown).await,
+    }?;
+    opening.verify().await?;
+    Ok(opened)
+}
+
+struct Opening<'a> {
+    qmp: &'a Qmp,
+    names: &'a Names,
+    size: u64,
+    runtime_dir: &'a Path,
+    /// How long a server may take.
+    timeout: Duration,
+    cancel: &'a CancellationToken,
+}
+
+impl Opening<'_> {
+    /// Holds what QEMU sees of the target against the disk.
+    async fn verify(&self) -> Result<()> {
+        let nodes = query::named_block_nodes(self.qmp).await?;
+        let name = self.names.target();
+        let Some(node) = nodes.into_iter().find(|node| node.node_name == name) else {
+            return Err(Error::new(Kind::MonitorProtocol, "looking at the target"));
+        };
+        let why = if node.ro {
+            "it is read-only".to_owned()
+        } else if node.image.virtual_size != self.size {
+            format!(
+                "it has {} bytes, and the disk {}",
+                node.image.virtual_size, self.size
+            )
+        } else if let Some(cluster) = node.image.cluster_size.filter(|size| *size > CLUSTER) {
+            format!("its clusters have {cluster} bytes, and at most {CLUSTER} will do")
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(Kind::TargetMismatch, "looking at the target").because(why))
+    }
+}
+
+/// What QEMU says of a target that it cannot use.
+fn refused(error: Error) -> Error {
+    match error.kind() {
+        Kind::QemuRefused if error.chain().contains("No space left on device") => {
+            Error::new(Kind::TargetUnwritable, "opening the target").because(error)
+        }
+        Kind::QemuRefused if error.chain().contains("is not writable") => {
+            Error::new(Kind::TargetMismatch, "opening the target").because(error)
+        }
+        Kind::QemuRefused => Error::new(Kind::TargetRefused, "opening the target").because(error),
+        _ => error,
+    }
+}
