@@ -126,9 +126,9 @@ class Rig(Places):
             self.close()
             raise
 
-    def oracle(self):
-        """The last point in time's images, by node, complete."""
-        number = max(int(entry.name) for entry in self.copies.iterdir())
+    def oracle(self, number=None):
+        """The images of a point in time, by node, complete: of the last, or of number 1, 2, ..."""
+        number = number or max(int(entry.name) for entry in self.copies.iterdir())
         result = self.proxy.wait(number, SECONDS)
         if result is None or result["errors"]:
             raise AssertionError(f"the oracle's copy failed: {result}")
@@ -185,8 +185,10 @@ class Rig(Places):
 class Wire:
     """The plugin's process and its lines one by one, for hosts that behave oddly."""
 
-    def __init__(self, command, carrier="framed"):
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(self, command, carrier="framed", pass_fds=()):
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=pass_fds
+        )
         self._ids = 0
         hello = {"protocols": [1], "carrier": carrier, "host": {"name": "test", "version": "0"}}
         self.call("hello", hello)

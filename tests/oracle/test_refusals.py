@@ -124,8 +124,8 @@ class Refusals(support.Test):
         """QEMU refuses what it has forgotten; that is never zeros."""
         with self.rig.plugin() as plugin:
             backup = self.open(plugin)
-            (session,) = os.listdir(self.rig.runtime)
-            url = f"nbd+unix:///dev-a?socket={self.rig.runtime}/{session}/nbd.sock"
+            (server,) = os.listdir(self.rig.runtime)
+            url = f"nbd+unix:///qf-{backup.id}-0-acc?socket={self.rig.runtime}/{server}/nbd.sock"
             subprocess.run(["qemu-io", "-f", "raw", "-c", "discard 16M 1M", url], check=True, stdout=subprocess.DEVNULL)
             error = backup.start("dev-a", self.rig.image("dev-a")).exception(support.SECONDS)
             self.assertEqual(("nbd_refused", "backup_open"), (error.code, error.data["state_left"]), error)

@@ -1,0 +1,187 @@
+"""A VM with a committed checkpoint, for pushes that fail and must cost nothing."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+
+from . import support
+from .guest import MIB
+from .life import BASE, SIZE, Life
+from .support import Backup, PluginError
+from .targets import Nbdkit, Server
+
+# What `change` of Life, and `setUp` here, change after the base: offset and length in whole clusters.
+CHANGED = [(1 * MIB, 131072), (4 * MIB, MIB), (6 * MIB, 65536), (8 * MIB, 6 * MIB), (15 * MIB, 65536)]
+# What "at once" is, on a machine that has other work.
+SOON = 5
+# How long a target is borne that takes nothing, in ms.
+TIMEOUT = 2000
+# Writes of a push that is in its middle: there are more.
+SOME = 3
+
+
+class Pushes(Life):
+    """`targets` is a folder for targets, `base_image` the raw image of disk a at the base."""
+
+    limit = 120
+    formats = {"a": "qcow2"}
+
+    def setUp(self):
+        super().setUp()
+        self.targets = self.places.folder / "targets"
+        self.targets.mkdir()
+        self.boot()
+        self.full()
+        self.write(f"write -P 3 {8 * MIB} {6 * MIB}", f"write -P 4 {15 * MIB + 512} 512")
+        self.base_image = self.places.folder / "base.raw"
+        shutil.copy(self.rig.image("dev-a"), self.base_image)
+
+    def raw(self, name="target.raw", like=None, size=SIZE, fill=None):
+        """A raw image to push to: a copy, or of this byte all over, or empty."""
+        path = self.targets / name
+        if like:
+            shutil.copy(like, path)
+        else:
+            path.write_bytes(bytes([fill]) * size if fill else b"")
+            os.truncate(path, size)
+        return path
+
+    def nbdkit(self, *parameters, image=None, tcp=False, **more):
+        """An nbdkit; with `image`, or with an empty one of the disk's size."""
+        image = image or self.raw()
+        place = self.places.folder / image.name
+        path = None if tcp else place.with_suffix(".sock")
+        server = Nbdkit(image, place.with_suffix(".log"), *parameters, path=path, **more)
+        self.addCleanup(server.close)
+        return server
+
+    def slow(self, *parameters, delay="50ms", **more):
+        """A server of which each write takes a while: what goes wrong finds a push in its middle."""
+        filters = ["delay", *more.pop("filters", ())]
+        return self.nbdkit(f"delay-write={delay}", *parameters, filters=filters, **more)
+
+    def server(self, *command):
+        server = Server(command, self.places.folder / "server.sock")
+        self.addCleanup(server.close)
+        return server
+
+    def tmpfs(self, size):
+        folder = self.places.folder / "small"
+        folder.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+        # A server may have it open still.
+        self.addCleanup(subprocess.run, ["umount", "-l", str(folder)], check=True)
+        return folder
+
+    # --- pushing ----------------------------------------------------------------------
+
+    def push(self, backup, target, disk="dev-a", **params):
+        """Starts a push: the future of its reply. What is None is left out."""
+        params = {name: value for name, value in params.items() if value is not None}
+        target = {name: value for name, value in target.items() if value is not None}
+        return backup.plugin.start("backup.push", {"backup": backup.id, "disk": disk, "target": target, **params})
+
+    def start(self, backup, server, tls=None, **params):
+        """A push of which some has been written; two writes are under way."""
+        params = {"workers": 2, "timeout_ms": TIMEOUT, **params}
+        future = self.push(backup, server.target(tls=tls), **params)
+        server.wait_changes(SOME, future)
+        return future
+
+    def pushed(self, backup, target, **params):
+        """The reply of a push that succeeds."""
+        reply = self.push(backup, target, **params).result(support.SECONDS)
+        self.assertEqual([], reply.get("leftovers", []))
+        return reply
+
+    def failed(self, code, future):
+        """A push fails with this code, or one of these, and the backup is open."""
+        codes = (code,) if isinstance(code, str) else code
+        error = future.exception(support.SECONDS)
+        self.assertIsInstance(error, PluginError, "the push succeeded")
+        self.assertIn(error.code, codes, error)
+        if error.code != "invalid_params":
+            self.assertEqual("backup_open", error.data["state_left"], error)
+        self.assertEqual([], error.data.get("leftovers", []), error)
+        return error
+
+    def fails(self, code, backup, target, **params):
+        return self.failed(code, self.push(backup, target, **params))
+
+    def equal(self, image, format="raw", node="a"):
+        """A target is as QEMU's own copy of the instant."""
+        if format != "raw":
+            subprocess.run(["qemu-img", "check", "-q", str(image)], check=True)
+            raw = self.places.folder / "converted.raw"
+            subprocess.run(["qemu-img", "convert", "-O", "raw", str(image), str(raw)], check=True)
+            image = raw
+        self.assert_equal_files(image, self.rig.oracle()[node], str(image))
+
+    # --- what holds after each --------------------------------------------------------
+
+    @contextlib.contextmanager
+    def doomed(self, base=None, **params):
+        """A backup whose pushes fail. It can only be aborted; then all is as if it had not been."""
+        before = self.listing()
+        with self.rig.plugin() as plugin:
+            backup = Backup(plugin, self.rig.monitor, base=base, checkpoint="never", **params)
+            yield backup
+            data = self.refused("incomplete", plugin, "backup.commit", {"backup": backup.id})
+            self.assertEqual("backup_open", data["state_left"])
+            self.assertEqual({"leftovers": []}, backup.abort())
+            self.assertEqual([], self.left())
+        self.assertEqual(before, self.listing(), "files that were left")
+        self.unharmed()
+
+    @contextlib.contextmanager
+    def opened(self, base=None, plugin=None, **params):
+        """A backup whose pushes may succeed, and that nobody wants."""
+        with plugin or self.rig.plugin() as plugin:
+            backup = Backup(plugin, self.rig.monitor, base=base, strict=True, **params)
+            yield backup
+            self.assertEqual({"leftovers": []}, backup.abort())
+            self.assertEqual([], self.left())
+        self.assertEqual([], self.rig.files())
+
+    @contextlib.contextmanager
+    def backed_up(self, base=None, **params):
+        """A backup that is committed."""
+        with self.rig.plugin() as plugin:
+            backup = Backup(plugin, self.rig.monitor, base=base, checkpoint="tuesday", **params)
+            yield backup
+            self.assertEqual(sorted(backup.disks), sorted(backup.commit()["committed"]))
+            self.assertEqual([], self.left())
+        self.assertEqual([], self.rig.files())
+
+    def listing(self):
+        return sorted(os.listdir(self.targets))
+
+    def unharmed(self):
+        """Nothing is left, the disks can be written, and the base serves as before."""
+        self.assertEqual([], self.left())
+        self.assertEqual([], self.rig.files())
+        self.within(SOON, self.write, "write -P 8 2M 64K")
+        self.assertNotIn("never", self.listed()["dev-a"])
+        self.next_is({f"dev-{node}": None for node in self.formats}, ids=True)
+
+    def within(self, seconds, call, *arguments):
+        """What the call returns, if it does in time."""
+        began = time.monotonic()
+        result = call(*arguments)
+        self.assertLess(time.monotonic() - began, seconds, f"{call} {arguments}")
+        return result
+
+    def answers(self):
+        """QEMU stops and goes on at once: each waits for all I/O."""
+        for command in ("stop", "cont", "stop"):
+            self.within(SOON, self.rig.qmp.command, command)
+
+    def monitor_answers_until(self, future, seconds=1):
+        """Asks the other monitor again and again until the future is done; each answer comes in time."""
+        deadline = time.monotonic() + support.SECONDS
+        while not future.done():
+            self.within(seconds, self.rig.qmp.command, "query-status")
+            self.assertLess(time.monotonic(), deadline, "no reply")
+            time.sleep(0.05)

@@ -1,0 +1,624 @@
+"""An exported disk, read by programs of others while a guest writes on; and the end of its lease."""
+
+import json
+import os
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+
+from . import support
+from .guest import MIB, ROOT, Disk, Guest
+from .nbd import DATA, READ, TRIM, WRITE, ZEROES, Nbd, NbdError, copy, dirty
+from .support import DAEMON, DAEMON_7_2, QEMU, QEMU_7_2, Backup, Rig, Vm, Wire, io, make_image, virtio
+from .test_matrix import BusyDaemon
+
+# The writers stay below; what happens above is known.
+QUIET = 8 * MIB
+NODES = {"dev0": "disk0", "dev1": "disk1", "dev2": "disk2"} | {name: name for name in ("disk0", "disk1")}
+# The daemon gives all its disks one serial number.
+DAEMON_DISKS = ["/dev/vda", "/dev/vdb"]
+ZERO = 2  # the flag of base:allocation: reads as zeros
+SOON = 10  # seconds: nothing that the lease's end waits for takes longer
+
+
+def program(*command):
+    """What a program says."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=support.SECONDS)
+    if done.returncode:
+        raise AssertionError(f"{command}: {done.stderr}")
+    return done.stdout
+
+
+def device(disk):
+    return f"/machine/peripheral/{disk}/virtio-backend"
+
+
+class Busy(support.Test):
+    limit = 150
+
+    def backups(self, rig, targets):
+        """A full, an incremental of which all is readable, and one of which the changes are."""
+        run = rig.machine.run
+        for number, target in enumerate(targets):
+            run(f"write {target} 0 {QUIET} {number + 1}")
+            run(f"write {target} {QUIET} 8M {number + 1}")
+            run(f"start w{number} {target} from=0 to={QUIET} zero=20 discard=20 seed={number + 1}")
+        base = None
+        with rig.plugin() as plugin:
+            for step, keep in enumerate((False, True, False, True)):
+                if base:
+                    for target in targets:
+                        self.change(run, target, QUIET + (step - 1) * 2 * MIB)
+                params = {"base": base, "checkpoint": f"c{step}", "keep_unchanged": keep}
+                backup = Backup(plugin, rig.monitor, **params)
+                before = self.writes(run, targets)
+                exports = {disk: backup.call("export", disk=disk) for disk in backup.disks}
+                self.assertEqual(len(targets), len(exports))
+                for disk, export in exports.items():
+                    image = rig.image(disk)
+                    with self.subTest(disk=disk, base=base, keep_unchanged=keep):
+                        self.export(export, backup.disks[disk])
+                        if base and not keep:
+                            self.changes(export, image)
+                        else:
+                            self.all(export, image)
+                for one, other in zip(before, self.writes(run, targets)):
+                    self.assertLess(one, other, "nothing was written meanwhile")
+                copies = rig.oracle()
+                for disk, export in exports.items():
+                    with self.subTest(disk=disk, base=base, keep_unchanged=keep):
+                        self.assert_equal_files(rig.image(disk), copies[NODES[disk]], disk)
+                        self.maps(export, backup.disks[disk], copies[NODES[disk]], rig.folder / f"{disk}.before")
+                    os.rename(copies[NODES[disk]], rig.folder / f"{disk}.before")
+                self.assertEqual(sorted(exports), sorted(backup.commit()["committed"]))
+                self.assertEqual([], support.ours(rig.qmp))
+                base = f"c{step}"
+        for number in range(len(targets)):
+            run(f"stop w{number}")
+        self.assertEqual([], rig.files())
+
+    def writes(self, run, targets):
+        answers = (run(f"stat w{number}") for number in range(len(targets)))
+        return [int(answer.split()[0].removeprefix("writes=")) for answer in answers]
+
+    def change(self, run, target, at):
+        """Old data that becomes zeros in two ways, and new data."""
+        run(f"zeroout {target} {at} 512K")
+        run(f"discard {target} {at + MIB // 2} 512K")
+        run(f"write {target} {at + MIB} 64K 99")
+
+    def export(self, export, disk):
+        """The reply agrees with the backup's, and with what `nbdinfo` sees."""
+        for member in ("size", "mode", "granularity"):
+            self.assertEqual(disk[member], export[member], member)
+        seen = json.loads(program("nbdinfo", "--json", export["uri"]))["exports"][0]
+        self.assertEqual(export["export"], seen["export-name"])
+        self.assertEqual(export["size"], seen["export-size"])
+        self.assertIn(export["allocation_context"], seen["contexts"])
+        for name in ("minimum", "preferred", "maximum"):
+            self.assertEqual(export["block_size"][name], seen[f"block_size_{name}"])
+        self.assertTrue(seen["is_read_only"])
+        self.assertTrue(seen["can_multi_conn"])
+        if disk["mode"] == "full":
+            self.assertNotIn("changes_context", export)
+        else:
+            self.assertIn(export["changes_context"], seen["contexts"])
+
+    def all(self, export, image):
+        """The whole device, by programs that know nothing of backups."""
+        self.assertEqual("all", export["readable"])
+        program("nbdcopy", export["uri"], str(image))
+        program("qemu-img", "convert", "-f", "raw", "-O", "raw", export["uri"], f"{image}.other")
+        self.assert_equal_files(image, f"{image}.other", "nbdcopy's and qemu-img's")
+        os.unlink(f"{image}.other")
+
+    def changes(self, export, image):
+        """What changed, into the image of the backup before; the rest cannot be read."""
+        self.assertEqual("changed", export["readable"])
+        with Nbd(export["address"], export["export"], export["changes_context"]) as client:
+            ranges = dirty(client.status())
+            copy(client, ranges, image)
+            with self.assertRaises(NbdError):
+                client.read(client.size - MIB, 512)  # Nobody writes there.
+            client.read(*ranges[0])  # The connection goes on.
+        with Nbd(export["address"], export["export"], export["allocation_context"]) as client:
+            for offset, length in ranges:
+                for start, piece, flags in client.status(offset, offset + length):
+                    if flags & ZERO:
+                        self.assertFalse(any(client.read(start, piece)), f"no zeros at {start}")
+        for command in (["nbdcopy"], ["qemu-img", "convert", "-f", "raw", "-O", "raw"]):
+            said = subprocess.run([*command, export["uri"], f"{image}.other"], capture_output=True)
+            self.assertNotEqual(0, said.returncode, command)
+
+    def maps(self, export, disk, image, before):
+        """What programs say of the disk's parts is true of the oracle's image."""
+        if export["readable"] == "all":
+            holes = self.nbdinfo(export, export["allocation_context"])
+            zeros = [(offset, length) for offset, length, flags in holes if flags & ZERO]
+            self.assertTrue(zeros)
+            found = json.loads(program("qemu-img", "map", "--output=json", "-f", "raw", export["uri"]))
+            self.covers(export, [(each["start"], each["length"]) for each in found])
+            zeros += [(each["start"], each["length"]) for each in found if each["zero"]]
+            with open(image, "rb") as file:
+                for offset, length in zeros:
+                    file.seek(offset)
+                    self.assertFalse(any(file.read(length)), f"no zeros at {offset}")
+        if disk["mode"] == "incremental":
+            ranges = dirty(self.nbdinfo(export, export["changes_context"]))
+            self.assertEqual(disk["changed_bytes"], self.granules(ranges, disk["granularity"]))
+            self.assertEqual(ranges, self.qemu_img_dirty(export))
+            self.same_but_for(ranges, before, image)
+
+    def nbdinfo(self, export, context):
+        """`nbdinfo --map`, neighbours of one kind joined."""
+        found = json.loads(program("nbdinfo", f"--map={context}", "--json", export["uri"]))
+        extents = [(each["offset"], each["length"], each["type"]) for each in found]
+        self.covers(export, [extent[:2] for extent in extents])
+        return extents
+
+    def qemu_img_dirty(self, export):
+        """The dirty ranges as `qemu-img` tells them: as holes."""
+        options = {
+            "driver": "nbd",
+            "server": {"type": "unix", "path": export["address"].removeprefix("unix:")},
+            "export": export["export"],
+            "x-dirty-bitmap": export["changes_context"],
+        }
+        found = json.loads(program("qemu-img", "map", "--output=json", f"json:{json.dumps(options)}"))
+        return [(each["start"], each["length"]) for each in found if not each["data"]]
+
+    def covers(self, export, ranges):
+        at = 0
+        for offset, length in ranges:
+            self.assertEqual(at, offset)
+            at += length
+        self.assertEqual(export["size"], at)
+
+    def granules(self, ranges, granularity):
+        """The bytes of the ranges in whole granules."""
+        return sum(-(-(offset + length) // granularity) * granularity - offset for offset, length in ranges)
+
+    def same_but_for(self, ranges, before, after):
+        """The images differ nowhere else."""
+        with open(before, "rb") as one, open(after, "rb") as other:
+            at, size = 0, os.path.getsize(after)
+            for offset, length in [*ranges, (size, 0)]:
+                one.seek(at)
+                other.seek(at)
+                self.assertEqual(one.read(offset - at), other.read(offset - at), f"from {at} to {offset}")
+                at = offset + length
+
+    def test_a_guest(self):
+        disks = [
+            # No multiple of anything but a sector.
+            Disk(size=20 * MIB + 1536, format="raw", iothread=True),
+            Disk(size=24 * MIB),
+            Disk(size=20 * MIB + 512, cluster_size=2 * MIB, iothread=True),
+        ]
+        with Rig(Guest(disks, qemu=QEMU)) as rig:
+            self.backups(rig, ["disk0", "disk1", "disk2"])
+
+    def test_a_storage_daemon(self):
+        disks = [Disk(size=24 * MIB), Disk(size=20 * MIB + 512, format="raw")]
+        with Rig(BusyDaemon(disks, DAEMON, QEMU)) as rig:
+            self.backups(rig, DAEMON_DISKS)
+
+
+class Machine(support.Test):
+    """Disk `dev-a` is node a, qcow2; `dev-b` is b, raw. The guest overwrites them once a backup is open."""
+
+    qemu = QEMU
+
+    def setUp(self):
+        self.places = support.Places()
+        self.addCleanup(self.places.close)
+        qcow2, raw = self.places.folder / "a", self.places.folder / "b"
+        make_image(qcow2, "qcow2", 16 * MIB + 1536)
+        make_image(raw, "raw", 16 * MIB + 512)
+        self.rig = Rig(Vm(virtio("a", qcow2) + virtio("b", raw, "raw"), self.qemu))
+        self.addCleanup(self.rig.close)
+        self.write("write -P 1 0 8M")
+
+    def write(self, *commands):
+        for disk in ("dev-a", "dev-b"):
+            for command in commands:
+                io(self.rig.qmp, device(disk), command)
+
+    def begin(self, plugin, **params):
+        backup = Backup(plugin, self.rig.monitor, **params)
+        self.write("write -P 2 0 16M")
+        return backup
+
+    def nothing_is_left(self):
+        self.assertEqual([], support.ours(self.rig.qmp))
+        self.assertEqual([], self.rig.files())
+
+
+class Reading(Machine):
+    def test_qemu_io(self):
+        with self.rig.plugin() as plugin:
+            backup = self.begin(plugin)
+            for disk, export in [(disk, backup.call("export", disk=disk)) for disk in backup.disks]:
+                for command in ("read -P 1 0 8M", "read -P 0 8M 8M", f"read -P 0 16M {export['size'] % MIB}"):
+                    program("qemu-io", "-r", "-f", "raw", "-c", command, export["uri"])
+                write = ["qemu-io", "-f", "raw", "-c", "write 0 512", export["uri"]]
+                said = subprocess.run(write, capture_output=True, text=True)
+                self.assertIn("Permission denied", said.stderr, disk)
+
+    def test_a_client_that_writes_all_the_same(self):
+        with self.rig.plugin() as plugin:
+            export = self.begin(plugin).call("export", disk="dev-a")
+            with Nbd(export["address"], export["export"]) as client:
+                for command, payload in ((WRITE, bytes(512)), (ZEROES, b""), (TRIM, b"")):
+                    with self.assertRaises(NbdError):
+                        client.request(command, 0, 512, payload)
+                self.assertEqual(b"\1" * 512, client.read(0, 512))
+
+    def test_clients_side_by_side(self):
+        with self.rig.plugin() as plugin:
+            backup = self.begin(plugin)
+            exports = [backup.call("export", disk=disk) for disk in backup.disks]
+            clients = [Nbd(each["address"], each["export"]) for each in exports * 3]
+            for client in clients:
+                client.send(READ, 0, 8 * MIB)
+            for client in clients:  # Each has its answers, whichever is read first.
+                pieces = [data[8:] for kind, data in client.answer() if kind == DATA]
+                self.assertEqual(b"\1" * 8 * MIB, b"".join(pieces))
+                client.close()
+
+    def test_the_address_is_private_and_stays(self):
+        with self.rig.plugin() as plugin:
+            backup = self.begin(plugin)
+            export = backup.call("export", disk="dev-a")
+            self.assertEqual(export, backup.call("export", disk="dev-a"))
+            with Nbd(export["address"], export["export"]) as client:
+                self.assertEqual(export, backup.call("export", disk="dev-a"))
+                client.read(0, 512)
+            folder = os.path.dirname(export["address"].removeprefix("unix:"))
+            self.assertEqual(0o700, stat.S_IMODE(os.stat(folder).st_mode))
+            # An error is none of the export's business.
+            params = {"backup": backup.id, "disk": "dev-c"}
+            self.refused("unknown_disk", plugin, "backup.export", params)
+            backup.abort()
+            self.refused("backup_ended", plugin, "backup.export", {**params, "disk": "dev-a"})
+
+    def test_what_is_acknowledged_is_given_back(self):
+        with self.rig.plugin() as plugin:
+            backup = self.begin(plugin)
+            export = backup.call("export", disk="dev-a")
+            with Nbd(export["address"], export["export"]) as client:
+                for offset in (4 * MIB + 1, 4 * MIB + 1, 6 * MIB, client.size):
+                    resume = backup.call("ack", disk="dev-a", offset=offset)["resume"]
+                    self.assertTrue(offset - 65536 < resume <= offset)
+                    for gone in (0, resume // 65536 * 65536 - 512):
+                        with self.assertRaises(NbdError):
+                            client.read(gone, 512)
+                    rest = client.read(resume, client.size - resume)
+                    self.assertEqual(b"\1" * (8 * MIB - resume), rest[: max(0, 8 * MIB - resume)])
+                    self.assertFalse(any(rest[max(0, 8 * MIB - resume) :]))
+            self.assertEqual([], backup.abort()["leftovers"])
+
+    def test_what_is_not_exported_is_incomplete(self):
+        with self.rig.plugin() as plugin:
+            backup = self.begin(plugin, checkpoint="one")
+            params = {"backup": backup.id}
+            self.refused("incomplete", plugin, "backup.commit", params)
+            export = backup.call("export", disk="dev-a")
+            data = self.refused("incomplete", plugin, "backup.commit", params)
+            self.assertEqual(("dev-b", "backup_open"), (data["disk"], data["state_left"]))
+            program("nbdcopy", export["uri"], str(self.rig.image("dev-a")))
+            self.assert_equal_files(self.rig.image("dev-a"), self.rig.oracle()["a"], "dev-a")
+            self.rig.forget()
+            self.assertEqual(["dev-a"], backup.commit(disks=["dev-a"])["committed"])
+            self.nothing_is_left()
+            # The host's word was taken.
+            backup = self.begin(plugin, base="one", strict=True, disks=[{"disk": "dev-a"}])
+            self.assertEqual("incremental", backup.disks["dev-a"]["mode"])
+            export = backup.call("export", disk="dev-a")
+            with Nbd(export["address"], export["export"], export["changes_context"]) as client:
+                copy(client, dirty(client.status()), self.rig.image("dev-a"))
+            self.assert_equal_files(self.rig.image("dev-a"), self.rig.oracle()["a"], "dev-a")
+
+    def test_disks_of_hardly_any_size_and_a_folder_with_an_odd_name(self):
+        sizes, arguments = {"c": 0, "d": 512, "e": 65536 + 512}, []
+        for node, size in sizes.items():
+            make_image(self.places.folder / node, "qcow2", size)
+            arguments += ["--blockdev", support.blockdev(node, self.places.folder / node, "qcow2")]
+        with Rig(support.Daemon(arguments)) as rig:
+            rig.runtime = rig.folder / "a b#?ü"
+            rig.runtime.mkdir()
+            with rig.plugin() as plugin:
+                backup = Backup(plugin, rig.monitor, checkpoint="one")
+                for disk, size in sizes.items():
+                    self.assertEqual(size, backup.call("map", disk=disk)["zero_bytes"])
+                    uri = backup.call("export", disk=disk)["uri"]
+                    self.assertEqual(f"{size}\n", program("nbdinfo", "--size", uri))
+                    program("nbdcopy", uri, str(rig.image(disk)))
+                    program("qemu-img", "compare", "-f", "raw", "-F", "raw", uri, str(rig.image(disk)))
+                    self.assert_equal_files(rig.image(disk), rig.oracle()[disk], disk)
+                self.assertEqual(3, len(backup.commit()["committed"]))
+
+    def test_a_base_that_cannot_serve(self):
+        """The export is of a full then, and all of it readable."""
+        with self.rig.plugin() as plugin:
+            backup = self.begin(plugin, base="never-was")
+            export = backup.call("export", disk="dev-a")
+            self.assertEqual(("full", "all"), (export["mode"], export["readable"]))
+            self.assertNotIn("changes_context", export)
+
+    def test_what_did_not_change_costs_scratch_where_it_is_kept(self):
+        sizes = {}
+        for keep in (False, True):
+            with self.rig.plugin() as plugin:
+                self.write("write -P 3 0 16M")
+                full = Backup(plugin, self.rig.monitor, checkpoint=f"base{keep}")
+                full.read_all(self.rig)
+                full.commit()
+                backup = Backup(plugin, self.rig.monitor, base=f"base{keep}", keep_unchanged=keep)
+                backup.call("export", disk="dev-a")
+                before = self.scratch()
+                io(self.rig.qmp, device("dev-a"), "write -P 4 0 16M")
+                sizes[keep] = self.scratch() - before
+        self.assertLess(sizes[False], MIB)
+        self.assertGreaterEqual(sizes[True], 16 * MIB)
+
+    def scratch(self):
+        """Bytes that the scratch files take, which QEMU has open and nobody else sees."""
+        folder, found = f"/proc/{self.rig.machine.process.pid}/fd", {}
+        for name in os.listdir(folder):
+            if os.readlink(f"{folder}/{name}").startswith(str(self.rig.scratch)):
+                file = os.stat(f"{folder}/{name}")
+                found[file.st_ino] = file.st_blocks * 512
+        self.assertTrue(found)
+        return sum(found.values())
+
+
+class Unsupported(Machine):
+    qemu = QEMU_7_2
+
+    def test_the_backup_goes_on(self):
+        with self.rig.plugin() as plugin:
+            backup = self.begin(plugin, checkpoint="one")
+            params = {"backup": backup.id, "disk": "dev-a"}
+            data = self.refused("qemu_unsupported", plugin, "backup.export", params)
+            self.assertEqual("ask_operator", data["action"])
+            self.refused("incomplete", plugin, "backup.commit", {"backup": backup.id})
+            backup.read_all(self.rig)
+            self.rig.compare(self, backup, {"dev-a": "a", "dev-b": "b"})
+            self.assertEqual(2, len(backup.commit()["committed"]))
+
+    def test_a_storage_daemon(self):
+        make_image(self.places.folder / "c", "qcow2", 16 * MIB)
+        arguments = ["--blockdev", support.blockdev("c", self.places.folder / "c", "qcow2")]
+        with Rig(support.Daemon(arguments, DAEMON_7_2)) as rig, rig.plugin() as plugin:
+            backup = Backup(plugin, rig.monitor)
+            self.refused("qemu_unsupported", plugin, "backup.export", {"backup": backup.id, "disk": "c"})
+
+
+class Lease(Machine):
+    """However it ends: the address is gone, and clients are cut off, also those that do not read."""
+
+    def lease(self, wire):
+        """An exported disk with two clients, of which one never reads its answers."""
+        self.addCleanup(wire.close)
+        params = {"monitor": self.rig.monitor, "checkpoint": "one"}
+        self.backup = wire.call("backup.begin", params)["backup"]
+        self.follow(wire.call("backup.export", {"backup": self.backup, "disk": "dev-a"}))
+
+    def follow(self, export):
+        self.path = export["address"].removeprefix("unix:")
+        self.clients = [Nbd(export["address"], export["export"]) for _ in range(2)]
+        for client in self.clients:
+            self.addCleanup(client.close)
+        idle, stuck = self.clients
+        self.assertEqual(b"\1" * 512, idle.read(0, 512))
+        for _ in range(8):
+            stuck.send(READ, 0, 8 * MIB)
+        stuck.socket.recv(1)  # The first answer is on its way, and cannot end.
+
+    def over(self, checkpoint):
+        for client in self.clients:
+            client.ends()
+        self.assertFalse(os.path.exists(self.path))
+        self.assertEqual([], support.ours(self.rig.qmp))
+        found = self.rig.qmp.command("query-block-exports")
+        self.assertEqual([], found)
+        self.rig.qmp.command("nbd-server-start", {"addr": {"type": "unix", "data": {"path": self.path_of_theirs()}}})
+        self.rig.qmp.command("nbd-server-stop")
+        with self.rig.plugin() as plugin:
+            names = self.rig.checkpoints(plugin)["dev-a"]
+        self.assertEqual(["one"] if checkpoint else [], names)
+        self.assertEqual([], self.rig.files())
+
+    def path_of_theirs(self):
+        """Where another NBD server would listen."""
+        return str(self.places.folder / "theirs")
+
+    def test_commit(self):
+        wire = Wire(self.rig.command())
+        self.lease(wire)
+        began = time.monotonic()
+        reply = wire.call("backup.commit", {"backup": self.backup, "disks": ["dev-a"]})
+        self.assertEqual({"committed": ["dev-a"], "deleted": [], "leftovers": []}, reply)
+        self.assertLess(time.monotonic() - began, SOON)
+        wire.close()
+        self.over(True)
+
+    def test_abort(self):
+        wire = Wire(self.rig.command())
+        self.lease(wire)
+        began = time.monotonic()
+        self.assertEqual({"leftovers": []}, wire.call("backup.abort", {"backup": self.backup}))
+        self.assertLess(time.monotonic() - began, SOON)
+        wire.close()
+        self.over(False)
+
+    def test_shutdown(self):
+        wire = Wire(self.rig.command())
+        self.lease(wire)
+        began = time.monotonic()
+        self.assertEqual({"aborted": [self.backup], "leftovers": []}, wire.call("shutdown", {}))
+        self.assertEqual(0, wire.wait())
+        self.assertLess(time.monotonic() - began, SOON)
+        self.over(False)
+
+    def test_standard_input_ends(self):
+        wire = Wire(self.rig.command())
+        self.lease(wire)
+        began = time.monotonic()
+        wire.process.stdin.close()
+        self.assertEqual(3, wire.wait())
+        self.assertLess(time.monotonic() - began, SOON)
+        self.over(False)
+
+    def test_the_host_is_killed(self):
+        params = {"monitor": self.rig.monitor, "checkpoint": "one", "disks": [{"disk": "dev-a"}]}
+        host = subprocess.Popen(
+            [sys.executable, "-m", "oracle.host_to_kill", json.dumps(self.rig.command()), json.dumps(params), "export"],
+            cwd=ROOT / "tests",
+            stdout=subprocess.PIPE,
+        )
+        with host:
+            self.addCleanup(host.kill)
+            plugin = os.pidfd_open(int(host.stdout.readline()))
+            self.follow(json.loads(host.stdout.readline()))
+            host.kill()
+        with os.fdopen(plugin):
+            self.assertTrue(select.select([plugin], [], [], SOON)[0], "the plugin outlives its host")
+        self.over(False)
+
+    def test_a_signal(self):
+        wire = Wire(self.rig.command())
+        self.lease(wire)
+        wire.process.send_signal(signal.SIGTERM)
+        self.assertEqual(3, wire.wait())
+        self.over(False)
+
+
+class Races(Machine):
+    """Requests that overlap: nothing stays, whichever was first."""
+
+    def setUp(self):
+        super().setUp()
+        self.wire = Wire(self.rig.command())
+        self.addCleanup(self.wire.close)
+
+    def begin(self):
+        self.backup = self.wire.call("backup.begin", {"monitor": self.rig.monitor})["backup"]
+        self.params = {"backup": self.backup, "disk": "dev-a"}
+
+    def test_two_exports(self):
+        for _ in range(3):
+            self.begin()
+            first, second = (self.wire.send("backup.export", self.params) for _ in range(2))
+            found = {}
+            while len(found) < 2:
+                message, _ = self.wire.receive()
+                found[message["id"]] = message.get("result")
+            self.assertTrue(found[first])
+            self.assertEqual(found[first], found[second])
+            self.wire.call("backup.abort", {"backup": self.backup})
+            self.nothing_is_left()
+
+    def test_cancel(self):
+        for _ in range(5):
+            self.begin()
+            export = self.wire.send("backup.export", self.params)
+            self.wire.send("cancel", {"id": export})
+            reply = self.wire.reply(export)
+            if "error" in reply:  # Else it was done before.
+                self.assertEqual("cancelled", reply["error"]["data"]["code"])
+            result = self.wire.call("backup.export", self.params)
+            with Nbd(result["address"], result["export"]) as client:
+                self.assertEqual(b"\1" * 512, client.read(0, 512))
+            self.wire.call("backup.abort", {"backup": self.backup})
+            self.nothing_is_left()
+
+    def test_abort(self):
+        for _ in range(5):
+            self.begin()
+            self.wire.send("backup.export", self.params)
+            self.assertEqual({"leftovers": []}, self.wire.call("backup.abort", {"backup": self.backup}))
+            self.nothing_is_left()
+
+    def test_standard_input_ends(self):
+        self.begin()
+        self.wire.send("backup.export", self.params)
+        self.wire.process.stdin.close()
+        self.assertEqual(3, self.wire.wait())
+        self.nothing_is_left()
+
+
+class Sockets(Machine):
+    """`socket`: the export comes over a descriptor that the plugin was started with."""
+
+    def export(self, ours, theirs, disk="dev-a"):
+        wire = Wire(self.rig.command(), pass_fds=[theirs.fileno()])
+        self.addCleanup(wire.close)
+        backup = wire.call("backup.begin", {"monitor": self.rig.monitor})["backup"]
+        self.write("write -P 2 0 16M")
+        params = {"backup": backup, "disk": disk, "socket": f"fd:{theirs.fileno()}"}
+        export = wire.call("backup.export", params)
+        theirs.close()
+        client = Nbd(ours, export["export"], export["allocation_context"])
+        self.addCleanup(client.close)
+        return wire, backup, export, client
+
+    def whole(self, client, node):
+        zeros = sum(length for _, length, flags in client.status() if flags & ZERO)
+        self.assertGreaterEqual(zeros, 8 * MIB)
+        copy(client, [(0, client.size)], self.rig.image(node))
+        self.assert_equal_files(self.rig.image(node), self.rig.oracle()[node], node)
+
+    def test_a_socket_pair(self):
+        for end in ("commit", "abort"):
+            with self.subTest(end):
+                self.write("write -P 1 0 8M", "write -z 8M 8M")
+                ours, theirs = socket.socketpair()
+                wire, backup, export, client = self.export(ours, theirs)
+                self.assertEqual(export["size"], client.size)
+                self.whole(client, "a")
+                # The address is there for others.
+                self.assertEqual(f"{client.size}\n", program("nbdinfo", "--size", export["uri"]))
+                params = {"backup": backup} | ({"disks": ["dev-a"]} if end == "commit" else {})
+                wire.call(f"backup.{end}", params)
+                client.ends()
+                wire.close()
+                self.nothing_is_left()
+
+    def test_tcp(self):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            ours = socket.create_connection(listener.getsockname())
+            theirs, _ = listener.accept()
+        wire, _, _, client = self.export(ours, theirs, "dev-b")
+        self.whole(client, "b")
+        wire.process.stdin.close()
+        self.assertEqual(3, wire.wait())
+        client.ends()
+        self.nothing_is_left()
+
+    def test_a_client_that_does_not_read(self):
+        ours, theirs = socket.socketpair()
+        wire, backup, _, client = self.export(ours, theirs)
+        for _ in range(8):
+            client.send(READ, 0, 8 * MIB)
+        ours.recv(1)
+        self.assertEqual({"leftovers": []}, wire.call("backup.abort", {"backup": backup}))
+        client.ends()
+        wire.close()
+        self.nothing_is_left()
+
+    def test_what_is_no_socket(self):
+        with open(self.places.folder / "a", "rb") as file:
+            wire = Wire(self.rig.command(), pass_fds=[file.fileno()])
+            self.addCleanup(wire.close)
+            backup = wire.call("backup.begin", {"monitor": self.rig.monitor})["backup"]
+            for wrong in (f"fd:{file.fileno()}", "fd:999", "fd:-1", "fd:", "unix:/dev/null", 7):
+                params = {"backup": backup, "disk": "dev-a", "socket": wrong}
+                error = wire.reply(wire.send("backup.export", params))["error"]["data"]
+                self.assertEqual("invalid_params", error["code"], wrong)
+            wire.call("backup.abort", {"backup": backup})
