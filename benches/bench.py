@@ -171,7 +171,8 @@ def extents(folder, size, count):
     with Daemon(folder, [image]), Plugin(folder) as plugin:
         began = plugin.begin()
         (view,) = folder.glob("qf-*/nbd.sock")
-        listed = subprocess.run([os.environ["EXTENTS"], view, "disk0"], check=True, capture_output=True, text=True)
+        export = f"qf-{began['backup']}-0-acc"
+        listed = subprocess.run([os.environ["EXTENTS"], view, export], check=True, capture_output=True, text=True)
         seconds = plugin.drain(began["backup"], ["disk0"])
         peak = plugin.peak()
     os.unlink(image)
