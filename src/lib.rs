@@ -3,6 +3,7 @@
 //!
 //! `ARCHITECTURE.md` shows the layers and lists the invariants by number.
 
+pub mod begin;
 pub mod buffer;
 pub mod chain;
 pub mod change;
@@ -21,6 +22,7 @@ pub mod manage;
 pub mod map;
 pub mod nbd;
 mod offer;
+mod opening;
 pub mod paint;
 pub mod plan;
 pub mod pull;

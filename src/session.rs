@@ -9,9 +9,9 @@
 //!                         |    abort, or the host is gone
 //!                         +-------------------------------> as before begin
 //! ```
-//! `begin` on a VM's disks: scratch files; NBD server; one transaction (filters,
-//! pending checkpoints, frozen copies of the bases); views; exports; and what did
-//! not change since the base is given back at once.
+//! `begin` ([`crate::begin`]) on a VM's disks: scratch files; NBD server; one transaction
+//! (filters, pending checkpoints, frozen copies of the bases); views; exports; and what
+//! did not change since the base is given back at once.
 //!
 //! `commit` and `abort` take the session, so nothing can be read after them.
 
@@ -21,28 +21,19 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
-use tracing::info;
 
 use crate::change;
 use crate::checkpoint::{GRANULARITY, Id, Name};
 use crate::error::{Error, Kind, Result};
-use crate::plan::{self, DiskPlan, Wish};
-use crate::qemu::query::{self, Version};
-use crate::qemu::step::{self, Instant, Lasting, Names};
-use crate::qemu::{Event, Qmp, Schema, discover};
-use crate::scratch::Scratch;
-use crate::server::Server;
+use crate::opening::TRANSACTION_DEADLINE;
+use crate::plan::DiskPlan;
+use crate::qemu::step::{self, Lasting, Names};
+use crate::qemu::{Event, Qmp};
 use crate::teardown::{Teardown, Undo};
 use crate::view::View;
 
-/// How long the transaction may take: it waits for guest I/O that is under way.
-const TRANSACTION_DEADLINE: Duration = Duration::from_secs(60);
-
 /// How long a push gets to end once it is cancelled.
 const WORK_DEADLINE: Duration = Duration::from_secs(30);
-
-/// The first QEMU whose disks on an iothread can be exported: 9.0.
-const FIRST_WITH_IOTHREADS: u32 = 9;
 
 /// Where a session keeps its files.
 #[derive(Clone, Debug)]
@@ -90,57 +81,35 @@ pub struct Committed {
     pub leftovers: Vec<String>,
 }
 
-impl Session {
-    /// Opens a point in time.
-    ///
-    /// # Errors
-    /// Those of [`plan::plan`] before anything is made; QEMU's, scratch's and
-    /// NBD's later, and [`Kind::Cancelled`]: then all is taken away again, and
-    /// [`Error::leftovers`] names what could not be.
-    pub async fn begin(
-        qmp: &Qmp,
-        server: &Server,
-        wish: &Wish,
-        places: &Places,
-        cancel: &CancellationToken,
-    ) -> Result<Self> {
-        let time_ms = now_ms();
-        let version = query::version(qmp).await?;
-        let mut disks = discover::disks(qmp).await?;
-        if version.major < FIRST_WITH_IOTHREADS {
-            discover::find_iothreads(qmp, &mut disks).await?;
+impl SessionDisk {
+    pub(crate) fn new(plan: DiskPlan, changed_bytes: u64, names: Names, view: Arc<View>) -> Self {
+        Self {
+            plan,
+            changed_bytes,
+            names,
+            view,
         }
-        let plans = plan::plan(&disks, wish, time_ms, &new_id)?;
-        refuse_what_hurts(version, &plans)?;
-        let schema = Schema::probe(qmp).await?;
-        refuse_what_is_lacking(&schema)?;
-        let id = random_id();
-        let mut teardown = Teardown::default();
-        let opening = Opening {
+    }
+}
+
+impl Session {
+    /// Takes over what was opened ([`crate::begin`]), and its undos.
+    pub(crate) fn new(
+        id: String,
+        chain: Name,
+        time_ms: u64,
+        qmp: Qmp,
+        disks: Vec<SessionDisk>,
+        teardown: Teardown,
+    ) -> Self {
+        Self {
+            id,
+            chain,
+            time_ms,
             qmp,
-            server,
-            version,
-            can_discard_source: schema.has_argument("blockdev-backup", "discard-source"),
-            id: &id,
-            places,
-            keep_unchanged: wish.keep_unchanged,
-            cancel,
-        };
-        let opened = opening.open(plans, &mut teardown).await;
-        match opened {
-            Ok(disks) => {
-                info!(session = id, disks = disks.len(), "point in time open");
-                Ok(Self {
-                    id,
-                    chain: wish.chain.clone(),
-                    time_ms,
-                    qmp: qmp.clone(),
-                    disks,
-                    teardown,
-                    over: CancellationToken::new(),
-                })
-            }
-            Err(error) => Err(error.leaving(teardown.run(qmp).await)),
+            disks,
+            teardown,
+            over: CancellationToken::new(),
         }
     }
 
@@ -328,175 +297,6 @@ impl Session {
         }
         std::mem::take(&mut self.teardown).run(&self.qmp).await
     }
-}
-
-/// Refuses disks whose configuration this QEMU does not survive.
-fn refuse_what_hurts(version: Version, plans: &[DiskPlan]) -> Result<()> {
-    if version.major >= FIRST_WITH_IOTHREADS {
-        return Ok(());
-    }
-    // Measured: below that an NBD export of an iothread's disk aborts QEMU.
-    match plans.iter().find(|plan| plan.disk.iothread.is_some()) {
-        None => Ok(()),
-        Some(plan) => Err(
-            Error::new(Kind::QemuUnsupported, "checking what this QEMU can do")
-                .because(format!(
-                    "QEMU {}.{} crashes when a disk on an iothread is read over NBD; 9.0 does not",
-                    version.major, version.minor
-                ))
-                .on_disk(plan.disk.id.clone()),
-        ),
-    }
-}
-
-/// Asks for what a session needs before anything is made: distributions leave
-/// parts of QEMU out, and put others in, whatever the version is.
-fn refuse_what_is_lacking(schema: &Schema) -> Result<()> {
-    for (command, case) in [
-        ("blockdev-add", "snapshot-access"),
-        ("block-export-add", "nbd"),
-    ] {
-        if !schema.has_variant(command, case) {
-            return Err(
-                Error::new(Kind::QemuUnsupported, "checking what this QEMU can do").because(
-                    format!("its {command} knows no {case}; QEMU 7.0 and later do"),
-                ),
-            );
-        }
-    }
-    Ok(())
-}
-
-/// What opening a session goes by.
-struct Opening<'a> {
-    qmp: &'a Qmp,
-    server: &'a Server,
-    version: Version,
-    can_discard_source: bool,
-    id: &'a str,
-    places: &'a Places,
-    keep_unchanged: bool,
-    cancel: &'a CancellationToken,
-}
-
-impl Opening<'_> {
-    async fn open(
-        &self,
-        plans: Vec<DiskPlan>,
-        teardown: &mut Teardown,
-    ) -> Result<Vec<SessionDisk>> {
-        let Self { qmp, places, .. } = self;
-        let names: Vec<Names> = (0..plans.len())
-            .map(|index| Names::new(self.id, index))
-            .collect();
-        let mut scratches = Vec::new();
-        for (plan, names) in plans.iter().zip(&names) {
-            go_on(self.cancel)?;
-            let scratch =
-                Scratch::open(qmp, names, plan.disk.size, &places.scratch_dir, teardown).await;
-            scratches.push(scratch.map_err(|error| error.on_disk(plan.disk.id.clone()))?);
-        }
-        go_on(self.cancel)?;
-        let address = self.server.join(qmp, &places.runtime_dir, teardown).await?;
-        go_on(self.cancel)?;
-        take_instant(qmp, &plans, &names, teardown).await?;
-        let mut disks = Vec::new();
-        for ((plan, names), scratch) in plans.into_iter().zip(names).zip(scratches) {
-            go_on(self.cancel)?;
-            let id = plan.disk.id.clone();
-            let view = self.open_view(&plan, &names, address.clone(), scratch, teardown);
-            let view = view.await.map_err(|error| error.on_disk(id.clone()))?;
-            let changed = view.survey(self.keep_unchanged, self.cancel).await;
-            disks.push(SessionDisk {
-                changed_bytes: changed.map_err(|error| error.on_disk(id))?,
-                view: Arc::new(view),
-                plan,
-                names,
-            });
-        }
-        Ok(disks)
-    }
-
-    async fn open_view(
-        &self,
-        plan: &DiskPlan,
-        names: &Names,
-        address: crate::nbd::Address,
-        scratch: Scratch,
-        teardown: &mut Teardown,
-    ) -> Result<View> {
-        let incremental = plan.base.is_some();
-        teardown.push(Undo::Node { node: names.view() });
-        self.qmp
-            .execute_raw("blockdev-add", step::view(names))
-            .await?;
-        if incremental {
-            // For a push: the other one is busy once it is exported.
-            let (from, copy) = (names.changes(), names.push_bitmap());
-            let grain = plan.granularity();
-            let copy = step::view_bitmap(names, &copy, grain, &plan.disk.node, &from);
-            self.qmp.execute_raw("transaction", copy).await?;
-        }
-        teardown.push(Undo::Export { id: names.job() });
-        let export = step::export(names, &plan.disk.node, incremental);
-        self.qmp.execute_raw("block-export-add", export).await?;
-        Ok(View::new(
-            self.qmp.clone(),
-            names.clone(),
-            address,
-            plan,
-            (self.version, self.can_discard_source),
-            scratch,
-        ))
-    }
-}
-
-fn go_on(cancel: &CancellationToken) -> Result<()> {
-    if cancel.is_cancelled() {
-        return Err(Error::new(Kind::Cancelled, "opening a point in time"));
-    }
-    Ok(())
-}
-
-async fn take_instant(
-    qmp: &Qmp,
-    plans: &[DiskPlan],
-    names: &[Names],
-    teardown: &mut Teardown,
-) -> Result<()> {
-    let instants: Vec<Instant<'_>> = plans
-        .iter()
-        .zip(names)
-        .map(|(plan, names)| Instant {
-            node: &plan.disk.node,
-            names,
-            base: plan
-                .base
-                .as_ref()
-                .map(|base| (base.bitmaps.as_slice(), base.granularity)),
-            checkpoint: plan.checkpoint.as_ref().map(|_| GRANULARITY),
-        })
-        .collect();
-    for (plan, names) in plans.iter().zip(names) {
-        let node = plan.disk.node.clone();
-        if plan.base.is_some() {
-            teardown.push(Undo::Bitmap {
-                node: node.clone(),
-                name: names.changes(),
-            });
-        }
-        if plan.checkpoint.is_some() {
-            teardown.push(Undo::Bitmap {
-                node,
-                name: names.pending(),
-            });
-        }
-        teardown.push(Undo::Job { id: names.job() });
-    }
-    let transaction = step::point_in_time(&instants);
-    qmp.execute_raw_within("transaction", transaction, TRANSACTION_DEADLINE)
-        .await
-        .map(drop)
 }
 
 /// A new identity.

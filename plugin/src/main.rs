@@ -1,6 +1,7 @@
 //! `qemu-fleece`: the plugin. This file only wires things up.
 
 mod backups;
+mod begins;
 mod checkpoints;
 mod cli;
 mod events;

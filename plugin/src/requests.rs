@@ -4,12 +4,12 @@ use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use qemu_fleece_engine::begin::Begun;
 use qemu_fleece_engine::inspect;
 use qemu_fleece_engine::restore::{Restore, Target};
-use qemu_fleece_engine::session::{Places, Session, random_id};
+use qemu_fleece_engine::session::random_id;
 use qemu_fleece_protocol::backup::{
-    AbortParams, AbortResult, AckParams, AckResult, BeginParams, CommitParams, CommitResult,
-    ReadParams,
+    AbortParams, AbortResult, AckParams, AckResult, CommitParams, CommitResult, ReadParams,
 };
 use qemu_fleece_protocol::envelope::Request;
 use qemu_fleece_protocol::error::StateLeft;
@@ -35,15 +35,15 @@ use crate::monitors::Monitor;
 use crate::restores::{self, Answer, Order};
 use crate::serve::{Done, Server};
 use crate::stream::{self, Stream};
-use crate::{checkpoints, events, exports, pushes, wire};
+use crate::{begins, checkpoints, exports, pushes, wire};
 
 /// What a request comes to.
 #[derive(Debug)]
 pub(crate) enum Outcome {
     /// Only an answer.
     Reply(Result<Box<RawValue>, WireError>),
-    /// An open backup.
-    Began(Box<Session>, Arc<Monitor>),
+    /// Open backups, each with its monitor.
+    Began(Begun, Vec<Arc<Monitor>>, begins::Together),
     /// A backup that was to be committed has ended.
     Committed(String, Result<CommitResult, WireError>),
     /// A backup has ended.
@@ -84,7 +84,8 @@ pub(crate) fn dispatch(
         }
         "vm.inspect" => Ok(inspect_vm(server, &request.id, request.params()?)),
         "backup.estimate" => checkpoints::estimate(server, &request.id, request.params()?),
-        "backup.begin" => backup_begin(server, &request.id, request.params()?),
+        "backup.begin" => begins::begin(server, &request.id, request.params()?),
+        "backup.begin_group" => begins::begin_group(server, &request.id, request.params()?),
         "backup.read" => backup_read(server, &request.id, request.params()?),
         "backup.push" => pushes::push(server, &request.id, request.params()?),
         "backup.export" => exports::export(server, &request.id, request.params()?),
@@ -110,16 +111,8 @@ pub(crate) fn dispatch(
 pub(crate) fn apply(server: &mut Server, outcome: Outcome) -> Result<Box<RawValue>, WireError> {
     match outcome {
         Outcome::Reply(reply) => reply,
-        Outcome::Began(session, monitor) => {
-            let result = wire::to_began(&session);
-            events::spawn(
-                session.id.clone(),
-                session.events(),
-                session.over(),
-                server.outlet.clone(),
-            );
-            server.backups.add(*session, monitor);
-            to_raw(result)
+        Outcome::Began(begun, monitors, together) => {
+            begins::began(server, begun, monitors, together)
         }
         Outcome::Committed(id, result) => {
             let ended = result.clone().map_or(Ended::Failed, Ended::Committed);
@@ -222,30 +215,6 @@ fn inspect_vm(server: &mut Server, id: &Id, params: InspectParams) -> Option<Out
             }),
         })
     })
-}
-
-fn backup_begin(server: &mut Server, id: &Id, params: BeginParams) -> Started {
-    let wish = wire::from_begin(&params)?;
-    let mut places = server.config.places.clone();
-    if let Some(dir) = &params.scratch_dir {
-        places = Places {
-            scratch_dir: PathBuf::from(dir),
-            ..places
-        };
-    }
-    let (monitors, cancel) = (server.monitors.clone(), server.token(id));
-    Ok(spawn(server, id, async move {
-        let began = async {
-            let monitor = monitors.get(&params.monitor).await?;
-            let session =
-                Session::begin(&monitor.qmp, &monitor.server, &wish, &places, &cancel).await?;
-            Ok((session, monitor))
-        };
-        match began.await {
-            Ok((session, monitor)) => Outcome::Began(Box::new(session), monitor),
-            Err(error) => Outcome::Reply(Err(wire::with_unknown(&error, StateLeft::Unchanged))),
-        }
-    }))
 }
 
 /// Spawns a request that streams from a backup: it may wait for standard output, and ends

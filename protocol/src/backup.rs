@@ -125,6 +125,24 @@ pub struct BeginResult {
     pub disks: Vec<BackupDisk>,
 }
 
+/// Parameters of `backup.begin_group`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BeginGroupParams {
+    /// One for each VM, as of `backup.begin`; each has a monitor of its own.
+    pub members: Vec<BeginParams>,
+}
+
+/// Result of `backup.begin_group`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct BeginGroupResult {
+    /// One for each member, in their order. From here on each is a backup of its own.
+    pub backups: Vec<BeginResult>,
+    /// Microseconds that the points in time lie apart at most: from the first transaction
+    /// sent to the last one answered.
+    pub skew_us: u64,
+}
+
 /// A disk of an open backup.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct BackupDisk {

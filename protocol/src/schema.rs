@@ -89,6 +89,11 @@ pub fn schema() -> Value {
             of::<backup::BeginResult>(g),
         );
         method(
+            "backup.begin_group",
+            of::<backup::BeginGroupParams>(g),
+            of::<backup::BeginGroupResult>(g),
+        );
+        method(
             "backup.read",
             of::<backup::ReadParams>(g),
             of::<backup::ReadResult>(g),

@@ -96,6 +96,9 @@ fn all_params() -> Vec<String> {
                 "keep_unchanged": true,
                 "disks": [{"disk": "d"}, {"disk": "e", "base": null}, {"disk": "f", "base": "c", "base_id": "i"}]}),
         ]),
+        params::<backup::BeginGroupParams>(&[json!({"members": [
+            {"monitor": "/m", "chain": "default", "strict": false, "keep_unchanged": false},
+        ]})]),
         params::<push::PushParams>(&[
             json!({"backup": "b", "disk": "d", "compress": false, "target": {"kind": "records"}}),
             json!({"backup": "b", "disk": "d", "compress": true, "speed": 1, "workers": 2, "discard_source": false,
@@ -230,6 +233,9 @@ fn all_others() -> Vec<String> {
         result::<backup::BeginResult>(&[
             json!({"backup": "b", "time_ms": 1, "disks": [full, incremental]}),
         ]),
+        result::<backup::BeginGroupResult>(&[json!({"skew_us": 5, "backups": [
+            {"backup": "b", "time_ms": 1, "disks": [full, incremental]},
+        ]})]),
         result::<backup::BackupDisk>(&[full, incremental]),
         result::<backup::ReadResult>(&[
             json!({"digest": "d", "read_bytes": 1, "scratch_peak": 2, "duration_ms": 3}),

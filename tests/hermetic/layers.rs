@@ -114,10 +114,6 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
 /// Files over 400 lines, and why they stay whole.
 const LONG: &[(&str, &str)] = &[
     (
-        "src/session.rs",
-        "one session from begin to end, with its diagram",
-    ),
-    (
         "src/chain.rs",
         "what bitmaps say of checkpoints, with its tests",
     ),

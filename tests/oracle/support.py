@@ -295,8 +295,18 @@ class Backup:
     """A backup that is open, then its streams by disk."""
 
     def __init__(self, plugin, monitor, **params):
+        self._open(plugin, plugin.call("backup.begin", {"monitor": monitor, **params}, SECONDS))
+
+    @classmethod
+    def of(cls, plugin, reply):
+        """The backup of a reply that came otherwise."""
+        backup = cls.__new__(cls)
+        backup._open(plugin, reply)
+        return backup
+
+    def _open(self, plugin, reply):
         self.plugin = plugin
-        self.reply = plugin.call("backup.begin", {"monitor": monitor, **params}, SECONDS)
+        self.reply = reply
         self.id = self.reply["backup"]
         self.disks = {disk["disk"]: disk for disk in self.reply["disks"]}
         self.streams = {}
