@@ -8,11 +8,11 @@ use qemu_fleece_engine::attach;
 use qemu_fleece_engine::begin::{self as engine, Begun, MAX_MEMBERS, Member};
 use qemu_fleece_engine::reclaim::{self, State, Which};
 use qemu_fleece_engine::session::Session;
-use qemu_fleece_protocol::backup::{
-    AttachParams, AttachResult, AttachedDisk, BackupState, BeginGroupParams, BeginGroupResult,
-    BeginParams, BeginResult, LeftBackup, ReclaimParams, ReclaimResult,
-};
+use qemu_fleece_protocol::backup::{BeginGroupParams, BeginGroupResult, BeginParams, BeginResult};
 use qemu_fleece_protocol::error::StateLeft;
+use qemu_fleece_protocol::orphan::{
+    AttachParams, AttachResult, AttachedDisk, BackupState, LeftBackup, ReclaimParams, ReclaimResult,
+};
 use qemu_fleece_protocol::{Code, Id, WireError};
 use serde_json::value::RawValue;
 

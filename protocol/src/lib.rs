@@ -8,6 +8,7 @@ pub mod event;
 pub mod export;
 pub mod hello;
 pub mod line;
+pub mod orphan;
 pub mod push;
 pub mod record;
 pub mod restore;

@@ -8,8 +8,8 @@ use std::fmt::Debug;
 
 use qemu_fleece_protocol::envelope::{Id, Request, error_line, notification_line, result_line};
 use qemu_fleece_protocol::{
-    Action, Code, WireError, backup, checkpoint, error, event, export, hello, push, restore,
-    schema, vm,
+    Action, Code, WireError, backup, checkpoint, error, event, export, hello, orphan, push,
+    restore, schema, vm,
 };
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -91,14 +91,19 @@ fn all_params() -> Vec<String> {
         params::<hello::CancelParams>(&[json!({"id": 7}), json!({"id": "seven"})]),
         params::<vm::InspectParams>(&[json!({"monitor": "/run/qmp"})]),
         params::<backup::BeginParams>(&[
-            json!({"monitor": "/m", "chain": "default", "strict": false, "keep_unchanged": false}),
+            json!({"monitor": "/m", "chain": "default", "strict": false, "keep_unchanged": false, "keep_ms": 0}),
             json!({"monitor": "/m", "strict": true, "chain": "c", "base": "a", "checkpoint": "b", "scratch_dir": "/s",
-                "keep_unchanged": true,
+                "keep_unchanged": true, "keep_ms": 5,
                 "disks": [{"disk": "d"}, {"disk": "e", "base": null}, {"disk": "f", "base": "c", "base_id": "i"}]}),
         ]),
         params::<backup::BeginGroupParams>(&[json!({"members": [
-            {"monitor": "/m", "chain": "default", "strict": false, "keep_unchanged": false},
+            {"monitor": "/m", "chain": "default", "strict": false, "keep_unchanged": false, "keep_ms": 0},
         ]})]),
+        params::<orphan::AttachParams>(&[json!({"monitor": "/m", "backup": "b"})]),
+        params::<orphan::ReclaimParams>(&[
+            json!({"monitor": "/m", "force": false}),
+            json!({"monitor": "/m", "backups": ["b"], "force": true}),
+        ]),
         params::<push::PushParams>(&[
             json!({"backup": "b", "disk": "d", "compress": false, "target": {"kind": "records"}}),
             json!({"backup": "b", "disk": "d", "compress": true, "speed": 1, "workers": 2, "discard_source": false,
@@ -188,6 +193,9 @@ fn all_others() -> Vec<String> {
     let incremental = json!({"disk": "d", "size": 1, "planned": "incremental", "mode": "incremental",
         "base": "a", "checkpoint": "b", "checkpoint_id": "i", "tracking": "persistent", "granularity": 65536,
         "changed_bytes": 1});
+    let mut attached = incremental.clone();
+    attached["resume"] = json!(5);
+    attached["complete"] = json!(false);
     let checkpoint = json!({"checkpoint": "a", "health": "usable", "chain": "c", "id": "i", "time_ms": 1,
         "dirty_bytes": 2, "granularity": 3, "persistent": true, "recording": true, "memory_bytes": 4});
     let checkpoints = json!({"disk": "d", "size": 1, "tracking": "persistent",
@@ -233,6 +241,16 @@ fn all_others() -> Vec<String> {
         result::<backup::BeginResult>(&[
             json!({"backup": "b", "time_ms": 1, "disks": [full, incremental]}),
         ]),
+        result::<orphan::AttachResult>(&[
+            json!({"backup": "b", "time_ms": 1, "disks": [attached]}),
+        ]),
+        result::<orphan::AttachedDisk>(&[attached]),
+        result::<orphan::ReclaimResult>(&[json!({"reclaimed": ["a"], "left": [
+            {"backup": "b", "state": "alive"}, {"backup": "c", "state": "dead"},
+            {"backup": "d", "state": "kept"}, {"backup": "e", "state": "unknown"},
+        ], "leftovers": ["l"]})]),
+        result::<orphan::LeftBackup>(&[json!({"backup": "b", "state": "alive"})]),
+        result::<orphan::BackupState>(&[json!("alive")]),
         result::<backup::BeginGroupResult>(&[json!({"skew_us": 5, "backups": [
             {"backup": "b", "time_ms": 1, "disks": [full, incremental]},
         ]})]),
