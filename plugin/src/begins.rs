@@ -1,7 +1,6 @@
 //! How points in time come to this process, and go without it: `backup.begin`,
 //! `backup.begin_group`, `backup.attach`, `reclaim`.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use qemu_fleece_engine::attach;
@@ -56,22 +55,22 @@ fn begin_all(
 ) -> Started {
     let wishes = members.iter().map(wire::from_begin);
     let wishes = wishes.collect::<Result<Vec<_>, _>>()?;
-    let places = server.config.places.clone();
+    let (scratch_dir, runtime_dir) = (
+        server.config.scratch_dir.clone(),
+        server.config.runtime_dir.clone(),
+    );
     let (monitors, cancel) = (server.monitors.clone(), server.token(id));
     Ok(spawn(server, id, async move {
         let began = async {
             let (mut all, mut used) = (Vec::new(), Vec::new());
             for (params, wish) in members.into_iter().zip(wishes) {
                 let monitor = monitors.get(&params.monitor).await?;
-                let mut places = places.clone();
-                if let Some(dir) = params.scratch_dir {
-                    places.scratch_dir = PathBuf::from(dir);
-                }
                 all.push(Member {
                     qmp: monitor.qmp.clone(),
                     server: monitor.server.clone(),
                     wish,
-                    places,
+                    runtime_dir: runtime_dir.clone(),
+                    scratch: wire::from_scratch(params.scratch.unwrap_or_default(), &scratch_dir),
                 });
                 used.push(monitor);
             }
@@ -131,6 +130,7 @@ pub(crate) fn attached(
         backup,
         time_ms,
         disks,
+        ..
     } = wire::to_began(&session);
     let far = session.disks().iter().map(|disk| disk.view());
     let disks = disks.into_iter().zip(far).map(|(disk, view)| AttachedDisk {
@@ -154,6 +154,9 @@ fn take_in(server: &mut Server, session: Session, monitor: Arc<Monitor>) {
         session.over(),
         server.outlet.clone(),
     );
+    let (guard, notices) = session.guard();
+    tokio::spawn(guard.run(session.over()));
+    events::spawn_scratch(session.id.clone(), notices, server.outlet.clone());
     server.backups.add(session, monitor);
 }
 

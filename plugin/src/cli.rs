@@ -4,7 +4,6 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
-use qemu_fleece_engine::session::Places;
 
 use crate::inherited::Inherited;
 use crate::serve::Config;
@@ -102,12 +101,9 @@ impl Cli {
                     .filter(|dir| dir.is_dir())
             })
             .unwrap_or_else(|| PathBuf::from("/tmp"));
-        let places = Places {
+        Ok(Config {
             scratch_dir: self.scratch_dir.clone(),
             runtime_dir,
-        };
-        Ok(Config {
-            places,
             storage_daemon: self.storage_daemon.clone(),
             inherited,
         })

@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::default_chain;
+use crate::scratch::{ScratchChoice, ScratchRoom};
 use crate::vm::Tracking;
 
 /// A member that may be absent (inherit) or null (none).
@@ -36,9 +37,9 @@ pub struct BeginParams {
     /// Fail with `base_unusable` where a disk's base cannot serve, rather than make that disk full.
     #[serde(default)]
     pub strict: bool,
-    /// Directory for the scratch files; absent: the plugin's `--scratch-dir`.
+    /// Where scratch lies, and how much it may take.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub scratch_dir: Option<String>,
+    pub scratch: Option<ScratchChoice>,
     /// Keep readable also what did not change since the base, rather than give it back at
     /// once: for programs that read the whole of an exported disk. Takes more scratch.
     #[serde(default)]
@@ -125,6 +126,8 @@ pub struct BeginResult {
     pub backup: String,
     /// The point in time: milliseconds since 1970 UTC, by the plugin's clock.
     pub time_ms: u64,
+    /// The room for scratch.
+    pub scratch: ScratchRoom,
     /// The disks, in the order that was asked for.
     pub disks: Vec<BackupDisk>,
 }

@@ -13,6 +13,7 @@ pub mod push;
 pub mod record;
 pub mod restore;
 pub mod schema;
+pub mod scratch;
 pub mod stream;
 pub mod vm;
 

@@ -9,7 +9,7 @@ use std::fmt::Debug;
 use qemu_fleece_protocol::envelope::{Id, Request, error_line, notification_line, result_line};
 use qemu_fleece_protocol::{
     Action, Code, WireError, backup, checkpoint, error, event, export, hello, orphan, push,
-    restore, schema, vm,
+    restore, schema, scratch, vm,
 };
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -92,7 +92,7 @@ fn all_params() -> Vec<String> {
         params::<vm::InspectParams>(&[json!({"monitor": "/run/qmp"})]),
         params::<backup::BeginParams>(&[
             json!({"monitor": "/m", "chain": "default", "strict": false, "keep_unchanged": false, "keep_ms": 0}),
-            json!({"monitor": "/m", "strict": true, "chain": "c", "base": "a", "checkpoint": "b", "scratch_dir": "/s",
+            json!({"monitor": "/m", "strict": true, "chain": "c", "base": "a", "checkpoint": "b", "scratch": {"dir": "/s", "disk_max_bytes": 1, "max_bytes": 2, "min_free_bytes": 3, "on_full": "wait"},
                 "keep_unchanged": true, "keep_ms": 5,
                 "disks": [{"disk": "d"}, {"disk": "e", "base": null}, {"disk": "f", "base": "c", "base_id": "i"}]}),
         ]),
@@ -104,6 +104,7 @@ fn all_params() -> Vec<String> {
             json!({"monitor": "/m", "force": false}),
             json!({"monitor": "/m", "backups": ["b"], "force": true}),
         ]),
+        params::<scratch::ScratchChoice>(&[json!({"on_full": "give_up"})]),
         params::<push::PushParams>(&[
             json!({"backup": "b", "disk": "d", "compress": false, "target": {"kind": "records"}}),
             json!({"backup": "b", "disk": "d", "compress": true, "speed": 1, "workers": 2, "discard_source": false,
@@ -193,6 +194,7 @@ fn all_others() -> Vec<String> {
     let incremental = json!({"disk": "d", "size": 1, "planned": "incremental", "mode": "incremental",
         "base": "a", "checkpoint": "b", "checkpoint_id": "i", "tracking": "persistent", "granularity": 65536,
         "changed_bytes": 1});
+    let room = json!({"free_bytes": 1, "asked_bytes": 2, "most_bytes": 3});
     let mut attached = incremental.clone();
     attached["resume"] = json!(5);
     attached["complete"] = json!(false);
@@ -239,7 +241,18 @@ fn all_others() -> Vec<String> {
         result::<backup::EstimateResult>(&[json!({"disks": [estimate]})]),
         result::<backup::DiskEstimate>(&[estimate]),
         result::<backup::BeginResult>(&[
-            json!({"backup": "b", "time_ms": 1, "disks": [full, incremental]}),
+            json!({"backup": "b", "time_ms": 1, "scratch": room, "disks": [full, incremental]}),
+        ]),
+        result::<scratch::ScratchRoom>(std::slice::from_ref(&room)),
+        result::<scratch::OnFull>(&[json!("wait")]),
+        result::<scratch::ScratchEvent>(&[
+            json!("high"),
+            json!("full"),
+            json!("given_up"),
+            json!("resumed"),
+        ]),
+        result::<scratch::ScratchParams>(&[
+            json!({"backup": "b", "disk": "d", "event": "given_up", "scratch_bytes": 1, "paused_ms": 2}),
         ]),
         result::<orphan::AttachResult>(&[
             json!({"backup": "b", "time_ms": 1, "disks": [attached]}),
@@ -252,7 +265,7 @@ fn all_others() -> Vec<String> {
         result::<orphan::LeftBackup>(&[json!({"backup": "b", "state": "alive"})]),
         result::<orphan::BackupState>(&[json!("alive")]),
         result::<backup::BeginGroupResult>(&[json!({"skew_us": 5, "backups": [
-            {"backup": "b", "time_ms": 1, "disks": [full, incremental]},
+            {"backup": "b", "time_ms": 1, "scratch": room, "disks": [full, incremental]},
         ]})]),
         result::<backup::BackupDisk>(&[full, incremental]),
         result::<backup::ReadResult>(&[

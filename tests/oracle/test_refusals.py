@@ -72,8 +72,8 @@ class Refusals(support.Test):
         self.rig.qmp.command("nbd-server-stop")
 
     def test_no_room_for_scratch(self):
-        self.begin_refused("scratch_unavailable", scratch_dir=f"{self.places.folder}/nothing")
-        self.begin_refused("scratch_unavailable", scratch_dir="/proc/self")
+        self.begin_refused("scratch_unavailable", scratch={"dir": f"{self.places.folder}/nothing"})
+        self.begin_refused("scratch_unavailable", scratch={"dir": "/proc/self"})
 
     def test_a_checkpoint_of_that_name(self):
         with self.rig.plugin() as plugin:
