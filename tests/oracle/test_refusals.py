@@ -124,7 +124,7 @@ class Refusals(support.Test):
         """QEMU refuses what it has forgotten; that is never zeros."""
         with self.rig.plugin() as plugin:
             backup = self.open(plugin)
-            (server,) = os.listdir(self.rig.runtime)
+            (server,) = [each for each in os.listdir(self.rig.runtime) if each.endswith("-nbd")]
             url = f"nbd+unix:///qf-{backup.id}-0-acc?socket={self.rig.runtime}/{server}/nbd.sock"
             subprocess.run(["qemu-io", "-f", "raw", "-c", "discard 16M 1M", url], check=True, stdout=subprocess.DEVNULL)
             error = backup.start("dev-a", self.rig.image("dev-a")).exception(support.SECONDS)
