@@ -18,7 +18,7 @@ use std::time::Duration;
 use tracing::{info, warn};
 
 use crate::error::Result;
-use crate::owner::Life;
+use crate::owner::{Life, Owner};
 use crate::qemu::step::{self, Names};
 use crate::qemu::{Qmp, note, query};
 use crate::saved::{self, Claim, Progress};
@@ -31,7 +31,7 @@ use crate::teardown::{Teardown, Undo};
 pub enum State {
     /// Its process lives.
     Alive,
-    /// Its process has ended.
+    /// Its process has ended, or has lost it with its monitor's connection.
     Dead,
     /// Its process has ended, and the host wants to take it over.
     Kept,
@@ -61,11 +61,12 @@ impl Found {
         let Some(claim) = &self.claim else {
             return State::Unknown;
         };
+        let is_lost = claim.owner == Owner::here() && !stake::is_held(&self.id);
         match claim.owner.life() {
-            Life::Alive => State::Alive,
+            Life::Alive if !is_lost => State::Alive,
             Life::Elsewhere => State::Unknown,
-            Life::Dead if self.kept_for() > Duration::ZERO => State::Kept,
-            Life::Dead => State::Dead,
+            Life::Alive | Life::Dead if self.kept_for() > Duration::ZERO => State::Kept,
+            Life::Alive | Life::Dead => State::Dead,
         }
     }
 

@@ -132,6 +132,10 @@ impl Server {
             // Somebody of ours has yet to be taken over, or reclaimed: the server is theirs.
             return Ok(());
         }
+        if stopped.is_err() && is_listening(&dir.join(SOCKET)) {
+            // Lost with the monitor's connection: whoever reclaims it knows it by its socket.
+            return stopped.map(drop);
+        }
         let removed = std::fs::remove_dir_all(&dir);
         stopped?;
         removed.map_err(|error| {
@@ -195,7 +199,7 @@ pub(crate) async fn stop_old(qmp: &Qmp, socket: &Path) -> Result<()> {
         return Ok(());
     }
     // QEMU does not tell where its server is; who listens there does.
-    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+    if is_listening(socket) {
         qmp.execute(&qapi::qmp::nbd_server_stop {}).await?;
     }
     match std::fs::remove_dir_all(dir) {
@@ -204,6 +208,10 @@ pub(crate) async fn stop_old(qmp: &Qmp, socket: &Path) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+fn is_listening(socket: &Path) -> bool {
+    std::os::unix::net::UnixStream::connect(socket).is_ok()
 }
 
 /// Passes a descriptor to QEMU: its name there, for the next command that takes it.

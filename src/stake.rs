@@ -1,13 +1,45 @@
 //! A session's stake in QEMU: whose it is, told before anything else of it is there, and a
 //! private directory of its own for all that has a name on disk.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Kind, Result};
 use crate::qemu::{Qmp, note, step};
 use crate::saved::{self, Claim, Saved};
 use crate::teardown::{Teardown, Undo};
+
+/// The sessions that this process holds. One that it has lost, because its monitor's
+/// connection ended, is as dead as another process's.
+static HELD: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+
+/// Whether this process holds session `id`.
+pub(crate) fn is_held(id: &str) -> bool {
+    HELD.lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .contains(id)
+}
+
+/// This process holds a session as long as one of these is there.
+#[derive(Debug)]
+struct Hold(String);
+
+impl Hold {
+    fn take(id: &str) -> Arc<Self> {
+        let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+        held.insert(id.to_owned());
+        Arc::new(Self(id.to_owned()))
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
+        held.remove(&self.0);
+    }
+}
 
 /// A session's stake. It goes with the teardown that it was made with, as the last thing.
 #[derive(Clone, Debug)]
@@ -15,6 +47,7 @@ pub(crate) struct Stake {
     /// The session's id.
     pub(crate) id: String,
     claim: Claim,
+    _hold: Arc<Hold>,
 }
 
 impl Stake {
@@ -28,6 +61,7 @@ impl Stake {
         runtime_dir: &Path,
         teardown: &mut Teardown,
     ) -> Result<Self> {
+        let hold = Hold::take(&id);
         let dir = runtime_dir.join(format!("{}{id}", step::PREFIX));
         let claim = Claim::new(dir.clone());
         let note = step::owner_note(&id);
@@ -35,7 +69,11 @@ impl Stake {
         note::add(qmp, &note, &saved::to_text(&claim)?).await?;
         teardown.push(Undo::Directory(dir.clone()));
         make_private(&dir)?;
-        Ok(Self { id, claim })
+        Ok(Self {
+            id,
+            claim,
+            _hold: hold,
+        })
     }
 
     /// Its directory, which only this process's user may enter.
@@ -72,7 +110,8 @@ impl Stake {
         let mut mine = Claim::new(claim.dir);
         mine.session = claim.session;
         let claim = mine;
-        let stake = Self { id, claim };
+        let _hold = Hold::take(&id);
+        let stake = Self { id, claim, _hold };
         stake.tell(qmp).await?;
         Ok(stake)
     }

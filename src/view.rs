@@ -60,6 +60,8 @@ struct State {
     flowing: bool,
     /// Where the stream can go on, in the words of whoever streams.
     mark: Option<String>,
+    /// A part could not be given back, which was told.
+    untrimmed: bool,
     /// Scratch was full, and the point in time of this disk was given up.
     lost: bool,
     /// What a push has made, and could not take away.
@@ -430,12 +432,14 @@ impl View {
         }
         let start = from / GRANULARITY * GRANULARITY;
         let range = inner_aligned(&(start..offset), GRANULARITY, self.size);
-        if let Err(error) = self.trim(&range).await {
+        if let Err(error) = self.trim(&range).await
+            && !std::mem::replace(&mut self.state().untrimmed, true)
+        {
             warn!(
                 disk = self.disk,
                 offset,
                 error = error.chain(),
-                "could not give back a part of the view"
+                "could not give back a part of the view; further ones are not told"
             );
         }
     }
