@@ -238,7 +238,7 @@ pub enum Health {
 }
 
 /// Why a disk is full although a base was named.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub enum FullReason {
     /// The disk has no checkpoint of that name.
     BaseMissing,

@@ -53,6 +53,10 @@ pub enum Kind {
     NbdRefused,
     /// The NBD server did not answer before the deadline; the connection is dead.
     NbdTimeout,
+    /// No session of that id is in QEMU, or it is not open.
+    UnknownSession,
+    /// The session's process lives, or nobody here can tell.
+    SessionAlive,
     /// No disk of that name.
     UnknownDisk,
     /// The disk is left out of backups; the reason is in the text.

@@ -2,7 +2,8 @@
 
 use crate::error::Result;
 use crate::plan::{self, DiskPlan, Wish};
-use crate::qemu::{Qmp, discover};
+use crate::qemu::Qmp;
+use crate::qemu::discover::{self, Reason};
 use crate::session::{new_id, now_ms};
 
 /// What a backup of a disk would be.
@@ -21,7 +22,11 @@ pub struct Estimate {
 /// # Errors
 /// Those of [`plan::plan`]; QEMU's and the monitor's.
 pub async fn estimate(qmp: &Qmp, wish: &Wish) -> Result<Vec<Estimate>> {
-    let disks = discover::disks(qmp).await?;
+    let mut disks = discover::disks(qmp).await?;
+    for disk in &mut disks {
+        // A point in time that is open now, or was left, is no matter for the next one.
+        disk.excluded = disk.excluded.filter(|reason| *reason != Reason::InBackup);
+    }
     let plans = plan::plan(&disks, wish, now_ms(), &new_id)?;
     Ok(plans.into_iter().map(of_disk).collect())
 }

@@ -3,6 +3,7 @@
 //!
 //! `ARCHITECTURE.md` shows the layers and lists the invariants by number.
 
+pub mod attach;
 pub mod begin;
 pub mod buffer;
 pub mod chain;
@@ -24,6 +25,7 @@ pub mod map;
 pub mod nbd;
 mod offer;
 mod opening;
+pub mod owner;
 pub mod paint;
 pub mod plan;
 pub mod pull;
@@ -31,13 +33,16 @@ pub mod push;
 pub mod qemu;
 pub mod quiesce;
 pub mod receive;
+pub mod reclaim;
 pub mod redefine;
 pub mod relay;
 pub mod repair;
 pub mod restore;
+pub mod saved;
 pub mod scratch;
 pub mod server;
 pub mod session;
+mod stake;
 pub mod storage_daemon;
 pub mod target;
 pub mod teardown;

@@ -9,6 +9,7 @@
 //! All that takes time lies in the first and the last step: between them several VMs are
 //! brought together, and their guests quiesced.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,13 +17,17 @@ use tokio_util::sync::CancellationToken;
 
 use crate::checkpoint::GRANULARITY;
 use crate::error::{Error, Kind, Result};
+use crate::nbd::Address;
 use crate::plan::{self, DiskPlan, Wish};
 use crate::qemu::query::{self, Version};
 use crate::qemu::step::{self, Instant, Names};
-use crate::qemu::{Qmp, Schema, discover};
+use crate::qemu::{Qmp, Schema, discover, note};
+use crate::reclaim::{self, State};
+use crate::saved::Saved;
 use crate::scratch::Scratch;
 use crate::server::Server;
 use crate::session::{Places, Session, SessionDisk, new_id, now_ms, random_id};
+use crate::stake::Stake;
 use crate::teardown::{Teardown, Undo};
 use crate::view::View;
 
@@ -52,10 +57,10 @@ pub(crate) struct Opening {
     cancel: CancellationToken,
     version: Version,
     can_discard_source: bool,
-    id: String,
+    stake: Stake,
     time_ms: u64,
     disks: Vec<Planned>,
-    address: crate::nbd::Address,
+    address: Address,
     teardown: Teardown,
 }
 
@@ -76,6 +81,7 @@ impl Opening {
     /// names what could not be.
     pub(crate) async fn prepare(member: Member, cancel: &CancellationToken) -> Result<Self> {
         let qmp = &member.qmp;
+        reclaim::dead(qmp).await?;
         let time_ms = now_ms();
         let version = query::version(qmp).await?;
         let mut disks = discover::disks(qmp).await?;
@@ -86,15 +92,14 @@ impl Opening {
         refuse_what_hurts(version, &plans)?;
         let schema = Schema::probe(qmp).await?;
         refuse_what_is_lacking(&schema)?;
-        let id = random_id();
         let mut teardown = Teardown::default();
-        let made = make(&member, &id, plans, &mut teardown, cancel).await;
+        let made = make(&member, plans, &mut teardown, cancel).await;
         match made {
-            Ok((disks, address)) => Ok(Self {
+            Ok((stake, disks, address)) => Ok(Self {
                 cancel: cancel.clone(),
                 version,
                 can_discard_source: schema.has_argument("blockdev-backup", "discard-source"),
-                id,
+                stake,
                 time_ms,
                 disks,
                 address,
@@ -159,9 +164,15 @@ impl Opening {
     /// As [`Opening::prepare`].
     pub(crate) async fn finish(mut self) -> Result<Session> {
         let planned = std::mem::take(&mut self.disks);
-        match self.open_views(planned).await {
+        let opened = async {
+            let disks = self.open_views(planned).await?;
+            let saved = self.saved(&disks);
+            self.stake.open(&self.member.qmp, saved).await?;
+            Ok(disks)
+        };
+        match opened.await {
             Ok(disks) => Ok(Session::new(
-                self.id,
+                self.stake,
                 self.member.wish.chain,
                 self.time_ms,
                 self.member.qmp,
@@ -169,6 +180,19 @@ impl Opening {
                 self.teardown,
             )),
             Err(error) => Err(self.give_up(error).await),
+        }
+    }
+
+    fn saved(&self, disks: &[SessionDisk]) -> Saved {
+        Saved {
+            chain: self.member.wish.chain.to_string(),
+            time_ms: self.time_ms,
+            keep_ms: self.member.wish.keep_ms,
+            server: match &self.address {
+                Address::Unix(path) => path.clone(),
+                Address::Tcp(_) => PathBuf::new(),
+            },
+            disks: disks.iter().map(SessionDisk::saved).collect(),
         }
     }
 
@@ -191,6 +215,10 @@ impl Opening {
         } = disk;
         let qmp = &self.member.qmp;
         let incremental = plan.base.is_some();
+        self.teardown.push(Undo::Object {
+            id: names.progress(),
+        });
+        note::add(qmp, &names.progress(), "{}").await?;
         self.teardown.push(Undo::Node { node: names.view() });
         qmp.execute_raw("blockdev-add", step::view(&names)).await?;
         if incremental {
@@ -213,28 +241,29 @@ impl Opening {
         );
         let keep_unchanged = self.member.wish.keep_unchanged;
         let changed_bytes = view.survey(keep_unchanged, &self.cancel).await?;
+        view.remember().await;
         Ok(SessionDisk::new(plan, changed_bytes, names, Arc::new(view)))
     }
 }
 
-/// Scratch for each disk, and the NBD server.
+/// The stake, scratch for each disk, and the NBD server.
 async fn make(
     member: &Member,
-    id: &str,
     plans: Vec<DiskPlan>,
     teardown: &mut Teardown,
     cancel: &CancellationToken,
-) -> Result<(Vec<Planned>, crate::nbd::Address)> {
+) -> Result<(Stake, Vec<Planned>, Address)> {
     let Member {
         qmp,
         server,
         places,
         ..
     } = member;
+    let stake = Stake::make(qmp, random_id(), &places.runtime_dir, teardown).await?;
     let mut disks = Vec::new();
     for (index, plan) in plans.into_iter().enumerate() {
         go_on(cancel)?;
-        let names = Names::new(id, index);
+        let names = Names::new(&stake.id, index);
         let scratch =
             Scratch::open(qmp, &names, plan.disk.size, &places.scratch_dir, teardown).await;
         let scratch = scratch.map_err(|error| error.on_disk(plan.disk.id.clone()))?;
@@ -245,8 +274,33 @@ async fn make(
         });
     }
     go_on(cancel)?;
-    let address = server.join(qmp, &places.runtime_dir, teardown).await?;
-    Ok((disks, address))
+    let address = join_server(qmp, server, &stake, teardown).await?;
+    Ok((stake, disks, address))
+}
+
+/// QEMU has one NBD server: where a session that is kept for its host uses it, we do too.
+async fn join_server(
+    qmp: &Qmp,
+    server: &Server,
+    stake: &Stake,
+    teardown: &mut Teardown,
+) -> Result<Address> {
+    let busy = match server.join(qmp, stake.server_dir(), teardown).await {
+        Err(error) if error.kind() == Kind::NbdServerBusy => error,
+        joined => return joined,
+    };
+    for found in reclaim::sessions(qmp).await? {
+        let kept = found.state() == State::Kept;
+        let session = found.claim.and_then(|claim| claim.session);
+        if let Some(session) = session.filter(|_| kept)
+            && tokio::net::UnixStream::connect(&session.server)
+                .await
+                .is_ok()
+        {
+            return server.take_over(session.server, teardown).await;
+        }
+    }
+    Err(busy)
 }
 
 /// Refuses disks whose configuration this QEMU does not survive.

@@ -24,6 +24,8 @@ pub struct Wish {
     pub strict: bool,
     /// Keep what did not change since the base readable.
     pub keep_unchanged: bool,
+    /// How long the session outlives its process, to be taken over: milliseconds.
+    pub keep_ms: u64,
 }
 
 /// A disk that the host asks for.

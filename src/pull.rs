@@ -94,6 +94,9 @@ impl Pull {
             }
         };
         let (read_max, _) = view.read_max();
+        if release_on_read {
+            view.flow().await;
+        }
         Ok(Self {
             read_max,
             view,

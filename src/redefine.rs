@@ -17,6 +17,7 @@ use crate::qemu::discover::{self, Disk};
 use crate::qemu::step::Names;
 use crate::server::Server;
 use crate::session::{new_id, random_id};
+use crate::stake::Stake;
 use crate::teardown::Teardown;
 
 /// What the host says of a disk.
@@ -96,7 +97,8 @@ pub async fn redefine(
     let mut teardown = Teardown::default();
     let done = async {
         if !paintings.is_empty() {
-            let address = server.join(qmp, runtime_dir, &mut teardown).await?;
+            let stake = Stake::make(qmp, session, runtime_dir, &mut teardown).await?;
+            let address = server.join(qmp, stake.server_dir(), &mut teardown).await?;
             for painting in paintings {
                 let disk = painting.disk.clone();
                 let painted = painting.paint(qmp, &address, &mut teardown).await;

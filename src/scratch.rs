@@ -16,16 +16,19 @@ use rustix::fs::{Mode, OFlags};
 use crate::error::{Error, Kind, Result};
 use crate::file_node::{self, Way};
 use crate::qemu::step::{self, Names};
-use crate::qemu::{Qmp, job};
+use crate::qemu::{Qmp, job, query};
 use crate::teardown::{Teardown, Undo};
 
 /// How long QEMU gets to format an empty image.
 const FORMAT_DEADLINE: Duration = Duration::from_secs(30);
 
-/// A disk's scratch file, held open to tell what it takes.
+/// A disk's scratch file.
 #[derive(Debug)]
-pub struct Scratch {
-    file: File,
+pub enum Scratch {
+    /// Held open to tell what it takes.
+    Held(File),
+    /// Of a process that has ended: QEMU alone holds the file below this node.
+    Node(String),
 }
 
 impl Scratch {
@@ -82,15 +85,21 @@ impl Scratch {
         });
         qmp.execute_raw("blockdev-add", step::scratch(names))
             .await?;
-        Ok(Self { file })
+        Ok(Self::Held(file))
     }
 
     /// Bytes that the file takes now; 0 when that cannot be told.
-    #[must_use]
-    pub fn allocated(&self) -> u64 {
-        self.file
-            .metadata()
-            .map_or(0, |metadata| metadata.blocks().saturating_mul(512))
+    pub async fn allocated(&self, qmp: &Qmp) -> u64 {
+        match self {
+            Self::Held(file) => file
+                .metadata()
+                .map_or(0, |metadata| metadata.blocks().saturating_mul(512)),
+            Self::Node(name) => {
+                let nodes = query::named_block_nodes(qmp).await.unwrap_or_default();
+                let node = nodes.iter().find(|node| node.node_name == *name);
+                node.and_then(|node| node.image.actual_size).unwrap_or(0)
+            }
+        }
     }
 }
 

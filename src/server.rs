@@ -7,12 +7,11 @@
 //! binds the path.
 
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tokio::sync::Mutex;
 
 use crate::error::{Error, Kind, Result};
@@ -20,11 +19,15 @@ use crate::nbd::Address;
 use crate::qemu::step::PREFIX;
 use crate::qemu::{Qmp, query};
 use crate::session::random_id;
+use crate::stake::make_private;
 use crate::teardown::{Teardown, Undo};
 
 /// Connections that QEMU's server takes at a time; a surplus one would wait without a
 /// word. Each disk needs three, and a client of an export as many as it likes.
 const CONNECTIONS: usize = 1024;
+
+/// The socket's name in its directory.
+pub(crate) const SOCKET: &str = "nbd.sock";
 
 /// The server of one monitor; clones share it.
 #[derive(Clone, Debug, Default)]
@@ -48,25 +51,20 @@ impl PartialEq for Server {
 impl Eq for Server {}
 
 impl Server {
-    /// Where it is, until `teardown` has run; starts it for the first user, in a new
-    /// directory below `runtime_dir`.
+    /// Where it is, until `teardown` has run; starts it for the first user, in the new
+    /// directory `dir`.
     ///
     /// # Errors
     /// [`Kind::NbdServerBusy`] when this QEMU's one server runs, and not for us.
-    pub async fn join(
-        &self,
-        qmp: &Qmp,
-        runtime_dir: &Path,
-        teardown: &mut Teardown,
-    ) -> Result<Address> {
+    pub async fn join(&self, qmp: &Qmp, dir: PathBuf, teardown: &mut Teardown) -> Result<Address> {
         let mut running = self.running.lock().await;
         if let Some(running) = &mut *running {
             running.users += 1;
             teardown.push(Undo::Server(self.clone()));
             return Ok(running.address.clone());
         }
-        let dir = private_dir(runtime_dir)?;
-        let path = dir.join("nbd.sock");
+        make_private(&dir)?;
+        let path = dir.join(SOCKET);
         let started = start(qmp, &path).await;
         if let Err(error) = started {
             // Ours alone, and what failed is what counts.
@@ -84,6 +82,38 @@ impl Server {
         Ok(address)
     }
 
+    /// Takes over the server at `address`, which a process that has ended has started: it is
+    /// ours from now on.
+    ///
+    /// # Errors
+    /// [`Kind::NbdServerBusy`] where ours is another one.
+    pub(crate) async fn take_over(
+        &self,
+        socket: PathBuf,
+        teardown: &mut Teardown,
+    ) -> Result<Address> {
+        let mut running = self.running.lock().await;
+        let address = Address::Unix(socket.clone());
+        match &mut *running {
+            Some(running) if running.address == address => running.users += 1,
+            Some(_) => {
+                return Err(
+                    Error::new(Kind::NbdServerBusy, "taking over the NBD server")
+                        .because("another one of ours runs"),
+                );
+            }
+            none => {
+                *none = Some(Running {
+                    dir: socket.parent().unwrap_or(Path::new("/")).to_owned(),
+                    address: address.clone(),
+                    users: 1,
+                });
+            }
+        }
+        teardown.push(Undo::Server(self.clone()));
+        Ok(address)
+    }
+
     /// One user less: the last one stops it.
     pub(crate) async fn leave(&self, qmp: &Qmp) -> Result<()> {
         let mut running = self.running.lock().await;
@@ -98,6 +128,10 @@ impl Server {
             return Ok(());
         };
         let stopped = stop(qmp).await;
+        if let Ok(false) = stopped {
+            // Somebody of ours has yet to be taken over, or reclaimed: the server is theirs.
+            return Ok(());
+        }
         let removed = std::fs::remove_dir_all(&dir);
         stopped?;
         removed.map_err(|error| {
@@ -135,14 +169,41 @@ async fn start(qmp: &Qmp, path: &Path) -> Result<()> {
     }
 }
 
-/// Stops the server, unless exports of others have come to use it.
-async fn stop(qmp: &Qmp) -> Result<Value> {
+/// Stops the server, unless exports of others have come to use it; `false`: unless sessions
+/// of other processes of ours do.
+async fn stop(qmp: &Qmp) -> Result<bool> {
     let exports = query::block_exports(qmp).await?;
-    if let Some(export) = exports.iter().find(|export| export.kind == "nbd") {
+    let mut users = exports.iter().filter(|export| export.kind == "nbd");
+    let foreign = users.clone().find(|export| !export.id.starts_with(PREFIX));
+    if let Some(export) = foreign {
         return Err(Error::new(Kind::NbdServerBusy, "stopping the NBD server")
             .because(format!("export {} uses it", export.id)));
     }
-    qmp.execute(&qapi::qmp::nbd_server_stop {}).await
+    if users.next().is_some() {
+        return Ok(false);
+    }
+    qmp.execute(&qapi::qmp::nbd_server_stop {}).await?;
+    Ok(true)
+}
+
+/// Stops the server that a dead process has started, if it is the one that runs, and no
+/// export uses it.
+pub(crate) async fn stop_old(qmp: &Qmp, socket: &Path) -> Result<()> {
+    let dir = socket.parent().unwrap_or(Path::new("/"));
+    let exports = query::block_exports(qmp).await?;
+    if exports.iter().any(|export| export.kind == "nbd") {
+        return Ok(());
+    }
+    // QEMU does not tell where its server is; who listens there does.
+    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+        qmp.execute(&qapi::qmp::nbd_server_stop {}).await?;
+    }
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Error::new(Kind::Internal, format!("removing {}", dir.display())).because(error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Passes a descriptor to QEMU: its name there, for the next command that takes it.
@@ -153,13 +214,10 @@ pub(crate) async fn pass_fd(qmp: &Qmp, fd: BorrowedFd<'_>) -> Result<String> {
     Ok(name)
 }
 
-/// A new directory below `runtime_dir`, for us alone.
-pub(crate) fn private_dir(runtime_dir: &Path) -> Result<PathBuf> {
-    let dir = runtime_dir.join(format!("{PREFIX}{}", random_id()));
-    std::fs::DirBuilder::new()
-        .mode(0o700)
-        .create(&dir)
-        .map_err(|error| unusable(&dir, error))?;
+/// A new directory below `parent`, for us alone.
+pub(crate) fn private_dir(parent: &Path) -> Result<PathBuf> {
+    let dir = parent.join(format!("{PREFIX}{}", random_id()));
+    make_private(&dir)?;
     Ok(dir)
 }
 

@@ -15,7 +15,7 @@
 //!
 //! `commit` and `abort` take the session, so nothing can be read after them.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -23,12 +23,14 @@ use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
 
 use crate::change;
-use crate::checkpoint::{GRANULARITY, Id, Name};
+use crate::checkpoint::{Checkpoint, GRANULARITY, Id, Name};
 use crate::error::{Error, Kind, Result};
 use crate::opening::TRANSACTION_DEADLINE;
 use crate::plan::DiskPlan;
 use crate::qemu::step::{self, Lasting, Names};
 use crate::qemu::{Event, Qmp};
+use crate::saved::SavedDisk;
+use crate::stake::Stake;
 use crate::teardown::{Teardown, Undo};
 use crate::view::View;
 
@@ -60,6 +62,7 @@ pub struct SessionDisk {
 pub struct Session {
     /// Its id: 10 lower-case letters and digits.
     pub id: String,
+    stake: Stake,
     /// The chain that its checkpoints belong to.
     chain: Name,
     /// The instant: milliseconds since 1970 UTC, by this machine's clock.
@@ -90,12 +93,35 @@ impl SessionDisk {
             view,
         }
     }
+
+    /// Its view.
+    #[must_use]
+    pub fn view(&self) -> &View {
+        &self.view
+    }
+
+    /// What another process needs to take it over.
+    pub(crate) fn saved(&self) -> SavedDisk {
+        let plan = &self.plan;
+        SavedDisk {
+            disk: plan.disk.id.clone(),
+            node: plan.disk.node.clone(),
+            wanted: plan.wanted.as_ref().map(Name::to_string),
+            base: plan
+                .base
+                .as_ref()
+                .map(|base| (base.name.to_string(), base.granularity)),
+            reason: plan.reason,
+            checkpoint: plan.checkpoint.as_ref().map(Checkpoint::bitmap),
+            changed_bytes: self.changed_bytes,
+        }
+    }
 }
 
 impl Session {
-    /// Takes over what was opened ([`crate::begin`]), and its undos.
+    /// Takes over what was opened ([`crate::begin`], [`crate::attach`]), and its undos.
     pub(crate) fn new(
-        id: String,
+        stake: Stake,
         chain: Name,
         time_ms: u64,
         qmp: Qmp,
@@ -103,7 +129,8 @@ impl Session {
         teardown: Teardown,
     ) -> Self {
         Self {
-            id,
+            id: stake.id.clone(),
+            stake,
             chain,
             time_ms,
             qmp,
@@ -111,6 +138,12 @@ impl Session {
             teardown,
             over: CancellationToken::new(),
         }
+    }
+
+    /// Its private directory, for sockets that are part of it; it goes with the session.
+    #[must_use]
+    pub fn dir(&self) -> &Path {
+        self.stake.dir()
     }
 
     /// The disks, in the order that was asked for.
@@ -282,6 +315,26 @@ impl Session {
     /// Returns what could not be removed, with the reason.
     pub async fn abort(self) -> Vec<String> {
         self.end().await
+    }
+
+    /// Whether it shall outlive its host.
+    #[must_use]
+    pub fn is_kept(&self) -> bool {
+        self.stake.is_kept()
+    }
+
+    /// Leaves it open in QEMU without a process of its own, for another one to take over
+    /// ([`crate::attach`]) once this one has ended.
+    pub async fn detach(self) {
+        self.over.cancel();
+        for disk in &self.disks {
+            let work = tokio::time::timeout(WORK_DEADLINE, disk.view.at_work()).await;
+            disk.view.remember().await;
+            disk.view.close().await;
+            drop(work);
+            disk.view.take_left().leave();
+        }
+        self.teardown.leave();
     }
 
     async fn end(mut self) -> Vec<String> {

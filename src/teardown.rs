@@ -14,7 +14,7 @@ use tracing::{debug, warn};
 
 use crate::error::{Error, Kind, Result};
 use crate::qemu::{Qmp, job, query};
-use crate::server::Server;
+use crate::server::{self, Server};
 
 /// How long QEMU gets to let go of an object.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(10);
@@ -32,6 +32,9 @@ pub enum Undo {
     },
     /// A user's part of the NBD server.
     Server(Server),
+    /// The NBD server that a dead process has started, by its socket, which has a directory
+    /// of its own: unless another export uses it.
+    OldServer(PathBuf),
     /// A block node.
     Node {
         /// Its name.
@@ -75,6 +78,7 @@ impl std::fmt::Display for Undo {
         match self {
             Self::Export { id } => write!(f, "export {id}"),
             Self::Server(_) => f.write_str("NBD server"),
+            Self::OldServer(path) => write!(f, "NBD server at {}", path.display()),
             Self::Object { id } => write!(f, "object {id}"),
             Self::Node { node } => write!(f, "node {node}"),
             Self::Job { id } => write!(f, "job {id}"),
@@ -99,6 +103,11 @@ impl Teardown {
         self.steps.push(undo);
     }
 
+    /// The last undo, which is the caller's from now on.
+    pub(crate) fn pop(&mut self) -> Option<Undo> {
+        self.steps.pop()
+    }
+
     /// Forgets an undo: its object is gone, or shall stay.
     pub fn forget(&mut self, undo: &Undo) {
         self.steps.retain(|step| step != undo);
@@ -112,6 +121,11 @@ impl Teardown {
         undo(qmp, step).await?;
         self.forget(step);
         Ok(())
+    }
+
+    /// Leaves everything where it is, for another process to take over.
+    pub fn leave(mut self) {
+        self.steps.clear();
     }
 
     /// Takes what `other` has away before all that is here.
@@ -176,6 +190,7 @@ async fn undo(qmp: &Qmp, step: &Undo) -> Result<()> {
     match step {
         Undo::Export { id } => remove_export(qmp, id).await,
         Undo::Server(server) => server.leave(qmp).await,
+        Undo::OldServer(socket) => server::stop_old(qmp, socket).await,
         Undo::Object { id } => found(qmp.execute_raw("object-del", json!({"id": id})).await),
         Undo::Fd { name } => found(qmp.execute_raw("closefd", json!({"fdname": name})).await),
         Undo::Node { node } => remove_node(qmp, node).await,

@@ -15,11 +15,13 @@ use crate::export::{self, Exported, Gate};
 use crate::extent::{Range, inner_aligned, length, next_cut};
 use crate::nbd::{Address, Client, Cursor, status};
 use crate::plan::DiskPlan;
-use crate::qemu::Qmp;
 use crate::qemu::query::{self, Version};
 use crate::qemu::step::Names;
+use crate::qemu::{Qmp, note};
 use crate::relay::Stream;
+use crate::saved::{self, Progress};
 use crate::scratch::Scratch;
+use crate::session::now_ms;
 use crate::teardown::Teardown;
 
 /// How long QEMU's NBD server gets to greet, and to answer one request. A
@@ -54,6 +56,10 @@ struct State {
     spent: bool,
     /// The view before this offset is given back; 0: none of it.
     released: u64,
+    /// A stream gives back what it reads: after a crash nobody knows how far it was.
+    flowing: bool,
+    /// Where the stream can go on, in the words of whoever streams.
+    mark: Option<String>,
     /// What a push has made, and could not take away.
     left: Teardown,
 }
@@ -177,10 +183,77 @@ impl View {
         }
     }
 
-    /// Bytes that the scratch file takes now.
+    /// Bytes that the scratch file takes now; 0 when that cannot be told.
+    pub async fn scratch_bytes(&self) -> u64 {
+        self.scratch.allocated(&self.qmp).await
+    }
+
+    /// Makes it what it was in a process that has ended.
     #[must_use]
-    pub fn scratch_bytes(&self) -> u64 {
-        self.scratch.allocated()
+    pub(crate) fn resumed(self, progress: &Progress) -> Self {
+        {
+            let mut state = self.state();
+            state.complete = progress.complete;
+            state.exported = progress.exported;
+            state.partial = progress.partial;
+            state.spent = progress.spent;
+            state.released = progress.released;
+            state.mark.clone_from(&progress.mark);
+        }
+        self
+    }
+
+    /// Where a stream can start, and what the one before it left to go on by; `None`:
+    /// nowhere.
+    #[must_use]
+    pub fn resume(&self) -> Option<(u64, Option<String>)> {
+        let state = self.state();
+        (!state.spent).then(|| (state.released, state.mark.clone()))
+    }
+
+    fn progress(&self) -> Progress {
+        let state = self.state();
+        Progress {
+            time_ms: now_ms(),
+            released: state.released,
+            mark: state.mark.clone(),
+            complete: state.complete,
+            exported: state.exported,
+            spent: state.spent || state.flowing,
+            partial: state.partial,
+        }
+    }
+
+    /// Has QEMU keep how far its consumer is, for a process that takes over. A failure
+    /// costs that, not the backup, and is only logged.
+    pub async fn remember(&self) {
+        let told = async {
+            let text = saved::to_text(&self.progress())?;
+            note::change(&self.qmp, &self.names.progress(), &text).await
+        };
+        if let Err(error) = told.await {
+            warn!(
+                disk = self.disk,
+                error = error.chain(),
+                "progress is not kept"
+            );
+        }
+    }
+
+    /// The host has stored what lies before `offset`, and a stream can go on there by
+    /// `mark`: kept in QEMU first, then given back as by [`View::release`].
+    pub async fn acknowledge(&self, offset: u64, mark: String) -> u64 {
+        {
+            let mut state = self.state();
+            if offset <= state.released {
+                return state.released;
+            }
+            state.mark = Some(mark);
+        }
+        let from = self.pass(offset);
+        self.remember().await;
+        self.give_back(from, offset).await;
+        offset
     }
 
     /// Whether a stream has reached the end of the disk, it was pushed, or the host reads
@@ -221,6 +294,12 @@ impl View {
     /// A push begins that gives back what it has written.
     pub(crate) fn spend(&self) {
         self.state().spent = true;
+    }
+
+    /// A stream begins that gives back what it reads.
+    pub(crate) async fn flow(&self) {
+        self.state().flowing = true;
+        self.remember().await;
     }
 
     /// A push could not take this away.
@@ -304,15 +383,23 @@ impl View {
     /// it. A failure costs scratch room, not the backup, and is only logged. What may be
     /// forgotten by now: `offset`, or more.
     pub async fn release(&self, offset: u64) -> u64 {
-        let from = {
-            let mut state = self.state();
-            let from = state.released;
-            if offset <= from {
-                return from;
-            }
-            state.released = offset;
-            from
-        };
+        let from = self.pass(offset);
+        self.give_back(from, offset).await;
+        offset.max(from)
+    }
+
+    /// Counts what lies before `offset` as given back; what was so far.
+    fn pass(&self, offset: u64) -> u64 {
+        let mut state = self.state();
+        let from = state.released;
+        state.released = offset.max(from);
+        from
+    }
+
+    async fn give_back(&self, from: u64, offset: u64) {
+        if offset <= from {
+            return;
+        }
         let start = from / GRANULARITY * GRANULARITY;
         let range = inner_aligned(&(start..offset), GRANULARITY, self.size);
         if let Err(error) = self.trim(&range).await {
@@ -323,7 +410,6 @@ impl View {
                 "could not give back a part of the view"
             );
         }
-        offset
     }
 
     /// As [`View::release`], once `least` bytes or more have come together; whether

@@ -73,7 +73,11 @@ impl Backups {
     pub(crate) fn add(&mut self, session: Session, monitor: Arc<Monitor>) {
         let streams = session.disks().iter().map(|disk| {
             let begin = wire::to_stream_begin(disk);
-            let marks = Marks::new(Writer::new(&begin), begin.size);
+            // A process that takes a backup over goes on where the one before was.
+            let mark = disk.view().resume().and_then(|(_, mark)| mark);
+            let start = mark.as_deref().and_then(Writer::load);
+            let start = start.unwrap_or_else(|| Writer::new(&begin));
+            let marks = Marks::new(start, begin.size);
             (
                 begin.disk.clone(),
                 DiskStream {
@@ -134,10 +138,15 @@ impl Backups {
         self.ended.push_back((id, ended));
     }
 
-    /// Aborts all that are open: their ids, and what could not be removed.
-    pub(crate) async fn abort_all(&mut self) -> (Vec<String>, Vec<String>) {
+    /// Aborts all that are open: their ids, and what could not be removed. `keep`: those
+    /// that shall outlive the host are left open instead.
+    pub(crate) async fn abort_all(&mut self, keep: bool) -> (Vec<String>, Vec<String>) {
         let (mut ids, mut leftovers) = (Vec::new(), Vec::new());
         for (id, backup) in self.open.drain() {
+            if keep && backup.session.is_kept() {
+                backup.session.detach().await;
+                continue;
+            }
             leftovers.extend(backup.session.abort().await);
             ids.push(id);
         }

@@ -1,10 +1,17 @@
-//! `backup.begin` and `backup.begin_group`: points in time of one VM, or of several.
+//! How points in time come to this process, and go without it: `backup.begin`,
+//! `backup.begin_group`, `backup.attach`, `reclaim`.
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use qemu_fleece_engine::attach;
 use qemu_fleece_engine::begin::{self as engine, Begun, MAX_MEMBERS, Member};
-use qemu_fleece_protocol::backup::{BeginGroupParams, BeginGroupResult, BeginParams};
+use qemu_fleece_engine::reclaim::{self, State, Which};
+use qemu_fleece_engine::session::Session;
+use qemu_fleece_protocol::backup::{
+    AttachParams, AttachResult, AttachedDisk, BackupState, BeginGroupParams, BeginGroupResult,
+    BeginParams, BeginResult, LeftBackup, ReclaimParams, ReclaimResult,
+};
 use qemu_fleece_protocol::error::StateLeft;
 use qemu_fleece_protocol::{Code, Id, WireError};
 use serde_json::value::RawValue;
@@ -87,13 +94,7 @@ pub(crate) fn began(
     let mut backups = Vec::new();
     for (session, monitor) in begun.sessions.into_iter().zip(monitors) {
         backups.push(wire::to_began(&session));
-        events::spawn(
-            session.id.clone(),
-            session.events(),
-            session.over(),
-            server.outlet.clone(),
-        );
-        server.backups.add(session, monitor);
+        take_in(server, session, monitor);
     }
     match together {
         Together::Alone => to_raw(backups.pop()),
@@ -102,4 +103,94 @@ pub(crate) fn began(
             skew_us: u64::try_from(begun.skew.as_micros()).unwrap_or(u64::MAX),
         }),
     }
+}
+
+/// Starts `backup.attach`.
+pub(crate) fn attach(server: &mut Server, id: &Id, params: AttachParams) -> Option<Outcome> {
+    let monitors = server.monitors.clone();
+    spawn(server, id, async move {
+        let attached = async {
+            let monitor = monitors.get(&params.monitor).await?;
+            let session = attach::attach(&monitor.qmp, &monitor.server, &params.backup).await?;
+            Ok((session, monitor))
+        };
+        match attached.await {
+            Ok((session, monitor)) => Outcome::Attached(Box::new(session), monitor),
+            Err(error) => Outcome::Reply(Err(wire::with_unknown(&error, StateLeft::Unchanged))),
+        }
+    })
+}
+
+/// Takes over what was attached; returns the answer.
+pub(crate) fn attached(
+    server: &mut Server,
+    session: Session,
+    monitor: Arc<Monitor>,
+) -> Result<Box<RawValue>, WireError> {
+    let BeginResult {
+        backup,
+        time_ms,
+        disks,
+    } = wire::to_began(&session);
+    let far = session.disks().iter().map(|disk| disk.view());
+    let disks = disks.into_iter().zip(far).map(|(disk, view)| AttachedDisk {
+        disk,
+        resume: view.resume().map(|(offset, _)| offset),
+        complete: view.is_complete(),
+    });
+    let result = AttachResult {
+        backup,
+        time_ms,
+        disks: disks.collect(),
+    };
+    take_in(server, session, monitor);
+    to_raw(result)
+}
+
+fn take_in(server: &mut Server, session: Session, monitor: Arc<Monitor>) {
+    events::spawn(
+        session.id.clone(),
+        session.events(),
+        session.over(),
+        server.outlet.clone(),
+    );
+    server.backups.add(session, monitor);
+}
+
+/// Starts `reclaim`.
+pub(crate) fn reclaim(server: &mut Server, id: &Id, params: ReclaimParams) -> Started {
+    let which = match (params.backups, params.force) {
+        (None, false) => Which::Dead,
+        (Some(backups), false) => Which::These(backups),
+        (Some(backups), true) => Which::Forced(backups),
+        (None, true) => {
+            let why = "force needs the names of the backups";
+            return Err(WireError::new(Code::InvalidParams, why));
+        }
+    };
+    let monitors = server.monitors.clone();
+    Ok(spawn(server, id, async move {
+        let reclaimed = async {
+            let monitor = monitors.get(&params.monitor).await?;
+            reclaim::reclaim(&monitor.qmp, &which).await
+        };
+        Outcome::Reply(match reclaimed.await {
+            Ok(report) => to_raw(ReclaimResult {
+                reclaimed: report.reclaimed,
+                left: report.left.into_iter().map(to_left).collect(),
+                leftovers: report.leftovers,
+            }),
+            Err(error) => Err(wire::with_unknown(&error, StateLeft::Unchanged)),
+        })
+    }))
+}
+
+fn to_left((backup, state): (String, State)) -> LeftBackup {
+    let state = match state {
+        State::Alive => BackupState::Alive,
+        State::Dead => BackupState::Dead,
+        State::Kept => BackupState::Kept,
+        State::Unknown => BackupState::Unknown,
+    };
+    LeftBackup { backup, state }
 }

@@ -27,7 +27,6 @@ const BATCH: usize = 4096;
 
 /// Starts `backup.export`.
 pub(crate) fn export(server: &mut Server, id: &Id, params: ExportParams) -> Started {
-    let runtime_dir = server.config.places.runtime_dir.clone();
     let socket = match params.socket.as_deref() {
         None => None,
         Some(text) => match server.config.inherited.copy(text)? {
@@ -44,12 +43,14 @@ pub(crate) fn export(server: &mut Server, id: &Id, params: ExportParams) -> Star
     let view = backup.session.exporting(&params.disk);
     let view = view.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen))?;
     let over = backup.session.over();
+    let dir = backup.session.dir().to_owned();
     let begin = backup.disk(&params.disk)?.begin.clone();
     Ok(spawn(server, id, async move {
-        let exported = view.export(&runtime_dir).await;
+        let exported = view.export(&dir).await;
         Outcome::Reply(match exported {
             Err(error) => Err(wire::to_error(&error, StateLeft::BackupOpen)),
             Ok(exported) => {
+                view.remember().await;
                 if let Some((socket, hangup)) = socket {
                     let view = Arc::clone(&view);
                     tokio::spawn(async move {

@@ -94,7 +94,7 @@ fn serve(cli: &Cli) -> anyhow::Result<ExitCode> {
     runtime.shutdown_background();
     Ok(match ending {
         Ending::Shutdown => ExitCode::SUCCESS,
-        Ending::Gone => ExitCode::from(EXIT_GONE),
+        Ending::Gone | Ending::Told => ExitCode::from(EXIT_GONE),
     })
 }
 

@@ -50,7 +50,7 @@ impl Marks {
     }
 
     /// The host has all before `offset`: the last place up to it, which is now the first.
-    pub(crate) fn acknowledge(&mut self, offset: u64) -> u64 {
+    pub(crate) fn acknowledge(&mut self, offset: u64) -> Writer {
         while self
             .marks
             .get(1)
@@ -58,7 +58,7 @@ impl Marks {
         {
             self.marks.pop_front();
         }
-        self.first().offset()
+        self.first().clone()
     }
 
     /// Where a broken stream goes on; what lies behind is forgotten.
@@ -103,10 +103,10 @@ mod tests {
             marks.pass(&writer);
             assert!(marks.marks.len() <= MAX);
         }
-        let resume = marks.acknowledge(300_000_000);
+        let resume = marks.acknowledge(300_000_000).offset();
         assert!(resume <= 300_000_000 && resume > 290_000_000, "{resume}");
         assert_eq!(marks.resume().offset(), resume);
-        assert_eq!(marks.acknowledge(u64::MAX), resume);
+        assert_eq!(marks.acknowledge(u64::MAX).offset(), resume);
     }
 
     #[test]
@@ -117,7 +117,7 @@ mod tests {
         marks.pass(&whole);
         whole.zero(5, false);
         marks.pass(&whole);
-        assert_eq!(marks.acknowledge(7), 3);
+        assert_eq!(marks.acknowledge(7).offset(), 3);
         let mut again = marks.resume();
         again.zero(5, false);
         assert_eq!(again.end(), whole.end());

@@ -47,7 +47,7 @@ pub(crate) fn push(server: &mut Server, id: &Id, params: PushParams) -> Started 
     let view = backup.view(&params.disk)?;
     let begin = backup.disk(&params.disk)?.begin.clone();
     let over = backup.session.over();
-    let runtime_dir = server.config.places.runtime_dir.clone();
+    let runtime_dir = backup.session.dir().to_owned();
     let (carrier, outlet) = (server.carrier.unwrap_or_default(), server.outlet.clone());
     let Some(target) = target else {
         return Ok(stream(server, id, over, move |id, cancel| {
@@ -110,10 +110,11 @@ impl Teller {
             tokio::select! {
                 biased;
                 pushed = &mut push => break pushed,
-                _ = tick.tick() => self.tell(),
+                _ = tick.tick() => self.tell().await,
             }
         };
-        self.tell();
+        self.tell().await;
+        self.view.remember().await;
         let copied_bytes = pushed.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen))?;
         Ok(PushResult {
             mode,
@@ -124,8 +125,8 @@ impl Teller {
         })
     }
 
-    fn tell(&mut self) {
-        let scratch_bytes = self.view.scratch_bytes();
+    async fn tell(&mut self) {
+        let scratch_bytes = self.view.scratch_bytes().await;
         self.scratch_peak = self.scratch_peak.max(scratch_bytes);
         let Progress { done, total } = *self.progress.borrow();
         let params = ProgressParams {

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use qemu_fleece_engine::begin::Begun;
 use qemu_fleece_engine::inspect;
 use qemu_fleece_engine::restore::{Restore, Target};
-use qemu_fleece_engine::session::random_id;
+use qemu_fleece_engine::session::{Session, random_id};
 use qemu_fleece_protocol::backup::{
     AbortParams, AbortResult, AckParams, AckResult, CommitParams, CommitResult, ReadParams,
 };
@@ -44,6 +44,8 @@ pub(crate) enum Outcome {
     Reply(Result<Box<RawValue>, WireError>),
     /// Open backups, each with its monitor.
     Began(Begun, Vec<Arc<Monitor>>, begins::Together),
+    /// A backup that was taken over.
+    Attached(Box<Session>, Arc<Monitor>),
     /// A backup that was to be committed has ended.
     Committed(String, Result<CommitResult, WireError>),
     /// A backup has ended.
@@ -86,6 +88,8 @@ pub(crate) fn dispatch(
         "backup.estimate" => checkpoints::estimate(server, &request.id, request.params()?),
         "backup.begin" => begins::begin(server, &request.id, request.params()?),
         "backup.begin_group" => begins::begin_group(server, &request.id, request.params()?),
+        "backup.attach" => Ok(begins::attach(server, &request.id, request.params()?)),
+        "reclaim" => begins::reclaim(server, &request.id, request.params()?),
         "backup.read" => backup_read(server, &request.id, request.params()?),
         "backup.push" => pushes::push(server, &request.id, request.params()?),
         "backup.export" => exports::export(server, &request.id, request.params()?),
@@ -114,6 +118,7 @@ pub(crate) fn apply(server: &mut Server, outcome: Outcome) -> Result<Box<RawValu
         Outcome::Began(begun, monitors, together) => {
             begins::began(server, begun, monitors, together)
         }
+        Outcome::Attached(session, monitor) => begins::attached(server, *session, monitor),
         Outcome::Committed(id, result) => {
             let ended = result.clone().map_or(Ended::Failed, Ended::Committed);
             server.backups.end(id, ended);
@@ -281,19 +286,18 @@ fn backup_read(server: &mut Server, id: &Id, params: ReadParams) -> Started {
 fn backup_ack(server: &mut Server, id: &Id, params: AckParams) -> Started {
     let backup = server.backups.get(&params.backup)?;
     let view = backup.view(&params.disk)?;
-    let marks = &backup.disk(&params.disk)?.marks;
-    let is_exported = view.is_exported();
-    let resume = if is_exported {
-        params.offset.min(view.size())
-    } else {
-        marks
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .acknowledge(params.offset)
-    };
+    let marks = Arc::clone(&backup.disk(&params.disk)?.marks);
     Ok(spawn(server, id, async move {
-        let released = view.release(resume).await;
-        let resume = if is_exported { released } else { resume };
+        let resume = if view.is_exported() {
+            view.release(params.offset.min(view.size())).await
+        } else {
+            let place = marks
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .acknowledge(params.offset);
+            view.acknowledge(place.offset(), place.save()).await;
+            place.offset()
+        };
         Outcome::Reply(to_raw(AckResult { resume }))
     }))
 }

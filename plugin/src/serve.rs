@@ -59,8 +59,10 @@ pub(crate) struct Config {
 pub(crate) enum Ending {
     /// The host asked for it.
     Shutdown,
-    /// The host is gone, or somebody wants us to go.
+    /// The host is gone.
     Gone,
+    /// Somebody wants us to go.
+    Told,
 }
 
 /// A request that is done.
@@ -137,9 +139,9 @@ impl Server {
                 Some(done) = self.tasks.join_next() => self.joined(done).await,
                 Some(done) = self.streams.join_next() => self.joined(done).await,
                 () = outlet.closed() => return Ok(Ending::Gone),
-                _ = terminate.recv() => return Ok(Ending::Gone),
-                _ = interrupt.recv() => return Ok(Ending::Gone),
-                _ = hangup.recv() => return Ok(Ending::Gone),
+                _ = terminate.recv() => return Ok(Ending::Told),
+                _ = interrupt.recv() => return Ok(Ending::Told),
+                _ = hangup.recv() => return Ok(Ending::Told),
             }
         }
         Ok(Ending::Shutdown)
@@ -189,7 +191,7 @@ impl Server {
             // A panic is a defect: say so as loudly as can be, and undo what is open.
             Err(error) if error.is_panic() => {
                 tracing::error!(%error, "a request panicked");
-                self.close(Ending::Gone).await;
+                self.close(Ending::Told).await;
                 std::process::exit(crate::EXIT_DEFECT);
             }
             Err(_aborted) => {}
@@ -224,7 +226,7 @@ impl Server {
         for cancel in self.open.values() {
             cancel.cancel();
         }
-        if ending == Ending::Gone {
+        if ending != Ending::Shutdown {
             self.streams.abort_all();
         }
         let deadline = tokio::time::Instant::now() + FLUSH_DEADLINE;
@@ -241,7 +243,7 @@ impl Server {
                 self.settle(done);
             }
         }
-        let result = self.abort_all().await;
+        let result = self.abort_all(ending == Ending::Gone).await;
         if let Some(id) = self.shutdown.take() {
             self.settle(Done {
                 id,
@@ -270,8 +272,8 @@ impl Server {
         }
     }
 
-    async fn abort_all(&mut self) -> ShutdownResult {
-        let (mut aborted, mut leftovers) = self.backups.abort_all().await;
+    async fn abort_all(&mut self, keep: bool) -> ShutdownResult {
+        let (mut aborted, mut leftovers) = self.backups.abort_all(keep).await;
         for (id, orders) in self.restores.drain() {
             let (answer, answered) = oneshot::channel();
             if orders.send(Order::Abort(answer)).await.is_ok()

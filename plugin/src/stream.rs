@@ -170,6 +170,7 @@ impl Running {
         let streamed = self.stream().await;
         // The disk is free for another request before this one is answered.
         self.source = None;
+        self.stream.view.remember().await;
         match streamed {
             Ok(digest) => Ok(Told {
                 digest,
@@ -251,7 +252,7 @@ impl Running {
     }
 
     async fn progress(&mut self) -> Result<(), WireError> {
-        let scratch_bytes = self.stream.view.scratch_bytes();
+        let scratch_bytes = self.stream.view.scratch_bytes().await;
         self.scratch_peak = self.scratch_peak.max(scratch_bytes);
         self.told = Instant::now();
         let params = ProgressParams {

@@ -97,6 +97,8 @@ codes! {
     UnknownBackup = "unknown_backup", -32000, FixRequest;
     /// The backup was ended in another way than is asked for now.
     BackupEnded = "backup_ended", -32000, FixRequest;
+    /// another process has the backup open, or nobody here can tell whether it lives
+    BackupBusy = "backup_busy", -32000, Retry;
     /// No restore of that id.
     UnknownRestore = "unknown_restore", -32000, FixRequest;
     /// No disk of that id.

@@ -94,6 +94,16 @@ pub fn schema() -> Value {
             of::<backup::BeginGroupResult>(g),
         );
         method(
+            "backup.attach",
+            of::<backup::AttachParams>(g),
+            of::<backup::AttachResult>(g),
+        );
+        method(
+            "reclaim",
+            of::<backup::ReclaimParams>(g),
+            of::<backup::ReclaimResult>(g),
+        );
+        method(
             "backup.read",
             of::<backup::ReadParams>(g),
             of::<backup::ReadResult>(g),

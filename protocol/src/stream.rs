@@ -9,6 +9,7 @@
 //! Records lie behind each other from `begin.offset` to `begin.size` without
 //! gap or overlap.
 
+use sha2::digest::common::hazmat::{SerializableState, SerializedState};
 use sha2::{Digest, Sha256};
 
 use crate::MAX_PAYLOAD_BYTES;
@@ -72,9 +73,19 @@ impl Sum {
             data_bytes: self.data_bytes,
             zero_bytes: self.zero_bytes,
             same_bytes: self.same_bytes,
-            digest: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+            digest: hex(&digest),
         }
     }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    let pairs = text.as_bytes().chunks(2);
+    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok();
+    pairs.map(byte).collect()
 }
 
 /// Makes the records of a stream; its caller keeps the order. A clone is a
@@ -93,6 +104,44 @@ impl Writer {
             sum: Sum::new(begin),
             offset: 0,
         }
+    }
+
+    /// This place in the stream as text, for another process to go on from: the counts and
+    /// the digest's state.
+    #[must_use]
+    pub fn save(&self) -> String {
+        let Sum {
+            digest,
+            records,
+            data_bytes,
+            zero_bytes,
+            same_bytes,
+        } = &self.sum;
+        let state = hex(&digest.serialize());
+        let offset = self.offset;
+        format!("{offset} {records} {data_bytes} {zero_bytes} {same_bytes} {state}")
+    }
+
+    /// The place that [`Writer::save`] told; `None`: it is no such text.
+    #[must_use]
+    pub fn load(text: &str) -> Option<Self> {
+        let (numbers, state) = text.rsplit_once(' ')?;
+        let numbers = numbers.split(' ').map(|number| number.parse().ok());
+        let numbers: Vec<u64> = numbers.collect::<Option<_>>()?;
+        let [offset, records, data_bytes, zero_bytes, same_bytes] = *numbers.as_slice() else {
+            return None;
+        };
+        let state = SerializedState::<Sha256>::try_from(unhex(state)?.as_slice()).ok()?;
+        Some(Self {
+            sum: Sum {
+                digest: Sha256::deserialize(&state).ok()?,
+                records,
+                data_bytes,
+                zero_bytes,
+                same_bytes,
+            },
+            offset,
+        })
     }
 
     /// Where the next record starts.

@@ -191,15 +191,26 @@ impl Run<'_> {
 
     async fn close(&mut self, opened: Opened) -> Result<()> {
         let new = opened.new_file();
+        let note = Undo::Object {
+            id: self.view.names().partial(),
+        };
         if let Some(undo) = &new {
             self.teardown.forget(undo);
+            self.teardown.forget(&note);
         }
         let mut leftovers = self.undo().await;
         if leftovers.is_empty() {
-            return opened.finish().await;
+            let finished = opened.finish().await;
+            if new.is_some() {
+                // Not before: until it is named, the note alone tells of the file.
+                self.teardown.push(note);
+                leftovers.extend(self.undo().await);
+            }
+            return finished.map_err(|error| error.leaving(leftovers));
         }
         opened.cut();
         if let Some(undo) = new {
+            self.teardown.push(note);
             self.teardown.push(undo);
             leftovers.extend(self.undo().await);
         }

@@ -10,7 +10,7 @@ use crate::checkpoint::Mark;
 use crate::error::Result;
 use crate::qemu::layer::{Bitmap, FORMATS, Layer, layers};
 use crate::qemu::query::{self, BlockDevice, BlockNode, plain_file};
-use crate::qemu::{Qmp, Refusal, iothread, step};
+use crate::qemu::{Qmp, iothread, step};
 
 /// Drivers of nodes that stand for storage itself; a device may sit on one directly.
 const STORAGE: &[&str] = &[
@@ -173,17 +173,9 @@ async fn identity(qmp: &Qmp) -> Result<String> {
 /// All others.
 pub fn where_known<T>(answer: Result<Option<T>>) -> Result<Option<T>> {
     match answer {
-        Err(error) if is_unknown_command(&error) => Ok(None),
+        Err(error) if query::is_unknown_command(&error) => Ok(None),
         answer => answer,
     }
-}
-
-fn is_unknown_command(error: &crate::error::Error) -> bool {
-    use std::error::Error as _;
-    error
-        .source()
-        .and_then(|source| source.downcast_ref::<Refusal>())
-        .is_some_and(|refusal| refusal.class == "CommandNotFound")
 }
 
 /// The image under a filter of ours, which QEMU names like its image. QEMU 10.0

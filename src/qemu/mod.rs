@@ -1,7 +1,7 @@
 //! QEMU over QMP: one concern a file.
 //!
 //! ```text
-//! discover, job, schema, step, query --> qmp (handles) --> actor (one task owns
+//! discover, job, note, schema, step, query --> qmp (handles) --> actor (one task owns
 //! the socket) --> {line, outgoing} --> QEMU
 //! guest_agent --> line
 //! ```
@@ -14,6 +14,7 @@ mod iothread;
 pub mod job;
 pub mod layer;
 pub mod line;
+pub mod note;
 mod outgoing;
 pub mod qmp;
 pub mod query;

@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use crate::error::{Error, Kind, Result};
-use crate::qemu::Qmp;
+use crate::qemu::{Qmp, Refusal};
 
 async fn ask<T: DeserializeOwned>(
     qmp: &Qmp,
@@ -184,6 +184,43 @@ pub async fn block_jobs(qmp: &Qmp) -> Result<Vec<BlockJob>> {
 /// QEMU's, the monitor's.
 pub async fn jobs(qmp: &Qmp) -> Result<Vec<Job>> {
     ask(qmp, "query-jobs", json!({})).await
+}
+
+/// `query-fdsets`: sets of descriptors as (id, what their giver calls them); none in a
+/// storage daemon, which takes none.
+///
+/// # Errors
+/// QEMU's, the monitor's.
+pub async fn fdsets(qmp: &Qmp) -> Result<Vec<(i64, String)>> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Set {
+        fdset_id: i64,
+        fds: Vec<Fd>,
+    }
+    #[derive(Deserialize)]
+    struct Fd {
+        opaque: Option<String>,
+    }
+    let sets: Vec<Set> = match ask(qmp, "query-fdsets", json!({})).await {
+        Err(error) if is_unknown_command(&error) => Vec::new(),
+        sets => sets?,
+    };
+    let named = sets.into_iter().map(|set| {
+        let opaque = set.fds.into_iter().find_map(|fd| fd.opaque);
+        (set.fdset_id, opaque.unwrap_or_default())
+    });
+    Ok(named.collect())
+}
+
+/// Whether QEMU does not know the command: a storage daemon has only some.
+#[must_use]
+pub fn is_unknown_command(error: &Error) -> bool {
+    use std::error::Error as _;
+    error
+        .source()
+        .and_then(|source| source.downcast_ref::<Refusal>())
+        .is_some_and(|refusal| refusal.class == "CommandNotFound")
 }
 
 /// A dirty bitmap (QAPI `BlockDirtyInfo`).

@@ -130,6 +130,18 @@ impl Names {
         format!("{}-tls", self.stem)
     }
 
+    /// The note of a new file that a push has not named yet.
+    #[must_use]
+    pub fn partial(&self) -> String {
+        format!("{}-tp", self.stem)
+    }
+
+    /// The note of how far its consumer is.
+    #[must_use]
+    pub fn progress(&self) -> String {
+        format!("{}-at", self.stem)
+    }
+
     /// A node that is written to for its dirty bitmap only; its export too.
     #[must_use]
     pub fn canvas(&self) -> String {
@@ -142,6 +154,19 @@ impl Names {
 pub fn session_of(name: &str) -> Option<&str> {
     let (session, _) = name.strip_prefix(PREFIX)?.split_once('-')?;
     Some(session)
+}
+
+/// The place, in its session, of the disk that an object of this name belongs to.
+#[must_use]
+pub fn place_of(name: &str) -> Option<usize> {
+    let (_, rest) = name.strip_prefix(PREFIX)?.split_once('-')?;
+    rest.split('-').next()?.parse().ok()
+}
+
+/// The note of whose session `session` is.
+#[must_use]
+pub fn owner_note(session: &str) -> String {
+    format!("{PREFIX}{session}-owner")
 }
 
 /// What the transaction does with one disk.

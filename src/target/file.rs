@@ -18,7 +18,8 @@ use crate::error::{Error, Kind, Result};
 use crate::file_node::{self, Way};
 use crate::image::{self, Format};
 use crate::qemu::step;
-use crate::qemu::{job, query};
+use crate::qemu::{job, note, query};
+use crate::server::text;
 use crate::session::random_id;
 use crate::target::{Opened, Opening, refused};
 use crate::teardown::{Teardown, Undo};
@@ -94,6 +95,10 @@ impl Opening<'_> {
         teardown: &mut Teardown,
     ) -> Result<Opened> {
         let partial = image::partial_path(&path, &random_id())?;
+        // First, so that a file that nobody will name can be found.
+        let id = self.names.partial();
+        teardown.push(Undo::Object { id: id.clone() });
+        note::add(self.qmp, &id, text(&partial)?).await?;
         let file = image::create(&partial, &path)?;
         teardown.push(Undo::File(partial.clone()));
         let unwritable = |error| image::unwritable(&path, error);

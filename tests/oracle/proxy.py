@@ -70,6 +70,7 @@ class Proxy:
         used = [int(entry.name) for entry in self.folder.iterdir() if entry.name.isdigit()]
         self._numbers = itertools.count(1 + max(used, default=0))
         self._report = report or (lambda result: None)
+        self.on_command = lambda name: None  # called when a client's command is with QEMU
         self._rounds = {}  # under way, by number
         self._results = {}
         self._changed = threading.Condition()
@@ -318,6 +319,7 @@ class Session:
         for fd in along:
             os.close(fd)
             fds.remove(fd)
+        self.proxy.on_command(name)
 
     def _transaction(self, command):
         """The line to send instead, or None."""

@@ -40,6 +40,8 @@ fn code(kind: Kind) -> Code {
         Kind::NbdClosed => Code::NbdClosed,
         Kind::NbdRefused => Code::NbdRefused,
         Kind::NbdTimeout => Code::NbdTimeout,
+        Kind::UnknownSession => Code::UnknownBackup,
+        Kind::SessionAlive => Code::BackupBusy,
         Kind::UnknownDisk => Code::UnknownDisk,
         Kind::DiskExcluded => Code::DiskExcluded,
         Kind::CheckpointExists => Code::CheckpointExists,
@@ -151,6 +153,7 @@ pub(crate) fn from_begin(params: &BeginParams) -> Result<Wish, WireError> {
         checkpoint: params.checkpoint.as_deref().map(from_name).transpose()?,
         strict: params.strict,
         keep_unchanged: params.keep_unchanged,
+        keep_ms: params.keep_ms,
     })
 }
 
@@ -162,6 +165,7 @@ pub(crate) fn from_estimate(params: &EstimateParams) -> Result<Wish, WireError> 
         checkpoint: None,
         strict: false,
         keep_unchanged: false,
+        keep_ms: 0,
     })
 }
 

@@ -1,0 +1,367 @@
+//! Reclaim: what dead sessions have left in QEMU is taken away.
+//!
+//! ```text
+//! QEMU's lists --> sessions, by the names of their objects --> whose? --> dead: undone,
+//! (nodes, jobs, exports, bitmaps,                                |        as its own
+//!  fdsets, notes)                                                |        teardown would
+//!                                                                +--> alive, kept, or not
+//!                                                                     known: left alone
+//! ```
+//! A session is dead when the process that its note names has ended, which only this very
+//! machine can tell. It is undone by the same steps in the same order as by its own
+//! teardown: each looks first, so whatever the process had come to, all goes.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tracing::{info, warn};
+
+use crate::error::Result;
+use crate::owner::Life;
+use crate::qemu::step::{self, Names};
+use crate::qemu::{Qmp, note, query};
+use crate::saved::{self, Claim, Progress};
+use crate::session::now_ms;
+use crate::stake;
+use crate::teardown::{Teardown, Undo};
+
+/// What is known of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Its process lives.
+    Alive,
+    /// Its process has ended.
+    Dead,
+    /// Its process has ended, and the host wants to take it over.
+    Kept,
+    /// Its process cannot be seen from this machine, or it does not say whose it is.
+    Unknown,
+}
+
+/// A session that is in QEMU.
+#[derive(Clone, Debug, Default)]
+pub struct Found {
+    /// Its id.
+    pub id: String,
+    /// What it says of itself.
+    pub claim: Option<Claim>,
+    /// How far the consumers of its disks are, by their places.
+    pub progress: BTreeMap<usize, Progress>,
+    places: BTreeSet<usize>,
+    bitmaps: Vec<(String, String)>,
+    fdsets: Vec<i64>,
+    files: Vec<PathBuf>,
+}
+
+impl Found {
+    /// Whether it lives.
+    #[must_use]
+    pub fn state(&self) -> State {
+        let Some(claim) = &self.claim else {
+            return State::Unknown;
+        };
+        match claim.owner.life() {
+            Life::Alive => State::Alive,
+            Life::Elsewhere => State::Unknown,
+            Life::Dead if self.kept_for() > Duration::ZERO => State::Kept,
+            Life::Dead => State::Dead,
+        }
+    }
+
+    /// How long it is kept from now on, if its process has ended.
+    #[must_use]
+    pub fn kept_for(&self) -> Duration {
+        let session = self.claim.as_ref().and_then(|claim| claim.session.as_ref());
+        let Some(session) = session else {
+            return Duration::ZERO;
+        };
+        let told = self.progress.values().map(|progress| progress.time_ms);
+        let last = told.chain([session.time_ms]).max().unwrap_or_default();
+        let until = last.saturating_add(session.keep_ms);
+        Duration::from_millis(until.saturating_sub(now_ms()))
+    }
+
+    /// All that it may have made, to be undone. Files only where `here`: its process ran
+    /// on this machine.
+    fn teardown(&self, here: bool) -> Teardown {
+        let claim = self.claim.as_ref().filter(|_| here);
+        let server = claim.map(|claim| {
+            let socket = stake::server_dir(&claim.dir).join(crate::server::SOCKET);
+            Undo::OldServer(socket)
+        });
+        let mut teardown = self.session_teardown(here, server);
+        teardown.append(self.consumer_teardown(here));
+        teardown
+    }
+
+    /// What its consumers may have made, but for the exports to the host.
+    pub(crate) fn consumer_teardown(&self, here: bool) -> Teardown {
+        let mut teardown = Teardown::default();
+        for names in self.names() {
+            push_all(&mut teardown, consumers(&names));
+        }
+        for file in self.files.iter().filter(|_| here) {
+            teardown.push(Undo::File(file.clone()));
+        }
+        teardown
+    }
+
+    fn names(&self) -> Vec<Names> {
+        let places = self.places.iter();
+        places.map(|place| Names::new(&self.id, *place)).collect()
+    }
+
+    /// All else, in the order in which it was made, with its part of the NBD server.
+    pub(crate) fn session_teardown(&self, here: bool, server: Option<Undo>) -> Teardown {
+        let mut teardown = Teardown::default();
+        let claim = self.claim.as_ref();
+        let note = step::owner_note(&self.id);
+        teardown.push(Undo::Object { id: note });
+        let dir = claim.map(|claim| claim.dir.as_path()).filter(|_| here);
+        if let Some(dir) = dir.filter(|dir| is_ours(dir, &self.id)) {
+            teardown.push(Undo::Directory(dir.to_owned()));
+        }
+        for id in &self.fdsets {
+            teardown.push(Undo::FdSet { id: *id });
+        }
+        let names = self.names();
+        for names in &names {
+            push_all(&mut teardown, scratch(names));
+        }
+        push_all(&mut teardown, server);
+        for (node, name) in &self.bitmaps {
+            teardown.push(Undo::Bitmap {
+                node: node.clone(),
+                name: name.clone(),
+            });
+        }
+        for names in &names {
+            push_all(&mut teardown, view(names));
+        }
+        teardown
+    }
+}
+
+fn push_all(teardown: &mut Teardown, undos: impl IntoIterator<Item = Undo>) {
+    for undo in undos {
+        teardown.push(undo);
+    }
+}
+
+fn scratch(names: &Names) -> [Undo; 3] {
+    [
+        Undo::Node {
+            node: names.scratch_file(),
+        },
+        Undo::Job {
+            id: names.create_job(),
+        },
+        Undo::Node {
+            node: names.scratch(),
+        },
+    ]
+}
+
+fn view(names: &Names) -> [Undo; 5] {
+    [
+        Undo::Job { id: names.job() },
+        Undo::Object {
+            id: names.progress(),
+        },
+        Undo::Node { node: names.view() },
+        Undo::Export { id: names.job() },
+        Undo::Export {
+            id: names.public_export(),
+        },
+    ]
+}
+
+fn consumers(names: &Names) -> [Undo; 9] {
+    [
+        Undo::Object {
+            id: names.credentials(),
+        },
+        Undo::Object {
+            id: names.partial(),
+        },
+        Undo::Node {
+            node: names.target_file(),
+        },
+        Undo::Job {
+            id: names.format_target(),
+        },
+        Undo::Node {
+            node: names.target(),
+        },
+        Undo::Node {
+            node: names.canvas(),
+        },
+        Undo::Export { id: names.canvas() },
+        Undo::Job { id: names.push() },
+        Undo::Export { id: names.target() },
+    ]
+}
+
+/// Whether this is the directory that session `id` would make: a note could say anything.
+fn is_ours(dir: &Path, id: &str) -> bool {
+    let name = format!("{}{id}", step::PREFIX);
+    dir.is_absolute() && dir.file_name().is_some_and(|last| *last == *name)
+}
+
+/// Whether a push of ours could have made this.
+fn is_partial(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str());
+    path.is_absolute()
+        && name.is_some_and(|name| name.starts_with(".qf-") && name.ends_with(".partial"))
+}
+
+/// All sessions that are in QEMU, by their ids.
+///
+/// # Errors
+/// QEMU's, the monitor's.
+pub async fn sessions(qmp: &Qmp) -> Result<Vec<Found>> {
+    let mut found = Listing::default();
+    let nodes = query::named_block_nodes(qmp).await?;
+    for node in &nodes {
+        found.see(&node.node_name);
+        for bitmap in &node.dirty_bitmaps {
+            let name = bitmap.name.as_deref().unwrap_or_default();
+            if let Some(session) = found.see(name)
+                && step::session_of(&node.node_name).is_none()
+            {
+                session
+                    .bitmaps
+                    .push((node.node_name.clone(), name.to_owned()));
+            }
+        }
+    }
+    for job in query::jobs(qmp).await? {
+        found.see(&job.id);
+    }
+    for export in query::block_exports(qmp).await? {
+        found.see(&export.id);
+    }
+    for (id, opaque) in query::fdsets(qmp).await? {
+        if let Some(session) = found.see(&opaque) {
+            session.fdsets.push(id);
+        }
+    }
+    for id in note::ids(qmp).await? {
+        found.read(qmp, &id).await?;
+    }
+    Ok(found.sessions.into_values().collect())
+}
+
+#[derive(Default)]
+struct Listing {
+    sessions: BTreeMap<String, Found>,
+}
+
+impl Listing {
+    /// Takes the name of an object: the session that it is of.
+    fn see(&mut self, name: &str) -> Option<&mut Found> {
+        let id = step::session_of(name)?;
+        let found = self.sessions.entry(id.to_owned()).or_default();
+        id.clone_into(&mut found.id);
+        found.places.extend(step::place_of(name));
+        Some(found)
+    }
+
+    async fn read(&mut self, qmp: &Qmp, id: &str) -> Result<()> {
+        let Some(found) = self.see(id) else {
+            return Ok(());
+        };
+        let place = step::place_of(id);
+        let names = place.map(|place| Names::new(&found.id, place));
+        let is = |note: fn(&Names) -> String| names.as_ref().is_some_and(|names| note(names) == id);
+        if id == step::owner_note(&found.id) {
+            let text = note::read(qmp, id).await?;
+            found.claim = text.as_deref().and_then(saved::claim);
+        } else if is(Names::progress) {
+            let text = note::read(qmp, id).await?;
+            let progress = text.as_deref().and_then(saved::progress);
+            found.progress.extend(place.zip(progress));
+        } else if is(Names::partial) {
+            let text = note::read(qmp, id).await?;
+            let path = text.map(PathBuf::from).filter(|path| is_partial(path));
+            found.files.extend(path);
+        }
+        Ok(())
+    }
+}
+
+/// Which sessions are meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// Those that are dead, and not kept.
+    Dead,
+    /// These, also where they are kept.
+    These(Vec<String>),
+    /// These, also where it is not known whether they live: the caller knows.
+    Forced(Vec<String>),
+}
+
+impl Which {
+    fn means(&self, found: &Found) -> bool {
+        let state = found.state();
+        match self {
+            Self::Dead => state == State::Dead,
+            Self::These(ids) => {
+                ids.contains(&found.id) && matches!(state, State::Dead | State::Kept)
+            }
+            Self::Forced(ids) => ids.contains(&found.id) && state != State::Alive,
+        }
+    }
+}
+
+/// What was reclaimed.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Sessions of which nothing is left, but for `leftovers`.
+    pub reclaimed: Vec<String>,
+    /// Sessions that were left alone.
+    pub left: Vec<(String, State)>,
+    /// What could not be removed, with the reason.
+    pub leftovers: Vec<String>,
+}
+
+/// Takes away what these sessions have left. Twice does no harm.
+///
+/// # Errors
+/// QEMU's, the monitor's. What could not be removed is no error.
+pub async fn reclaim(qmp: &Qmp, which: &Which) -> Result<Report> {
+    // One at a time: two would undo the same things.
+    let turn = qmp.turn().await;
+    let qmp = &*turn;
+    let mut report = Report::default();
+    for found in sessions(qmp).await? {
+        let state = found.state();
+        if !which.means(&found) {
+            report.left.push((found.id, state));
+            continue;
+        }
+        info!(session = found.id, ?state, "reclaiming");
+        let teardown = found.teardown(state != State::Unknown);
+        let leftovers = teardown.run(qmp).await;
+        report.leftovers.extend(leftovers);
+        report.reclaimed.push(found.id);
+    }
+    Ok(report)
+}
+
+/// [`reclaim`] of the dead, before a session begins. With none it costs one question.
+///
+/// # Errors
+/// QEMU's, the monitor's.
+pub(crate) async fn dead(qmp: &Qmp) -> Result<()> {
+    let is_note = |id: &String| step::session_of(id).is_some_and(|of| *id == step::owner_note(of));
+    if !note::ids(qmp).await?.iter().any(is_note) {
+        return Ok(());
+    }
+    let report = reclaim(qmp, &Which::Dead).await?;
+    for leftover in &report.leftovers {
+        warn!(leftover, "a dead session's");
+    }
+    Ok(())
+}

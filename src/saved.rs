@@ -1,0 +1,151 @@
+//! What a session keeps in QEMU about itself, for whoever finds it after its process has
+//! ended: to take it away ([`crate::reclaim`]), or to take it over ([`crate::attach`]).
+//! Pure: the texts of the notes ([`crate::qemu::note`]).
+//!
+//! ```text
+//! qf-SESSION-owner   Claim     before anything else is made; anew once the session is open
+//! qf-SESSION-N-at    Progress  of disk N: anew before anything of its view is given back
+//! qf-SESSION-N-tp    a path    of a file that a push of disk N has not named yet
+//! ```
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::FullReason;
+use crate::error::{Error, Kind, Result};
+use crate::owner::Owner;
+
+/// The form of these texts. Another one is a session of another version: whose it is, and
+/// what it holds, is not known.
+const FORM: u32 = 1;
+
+/// Whose a session is, and what it holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    form: u32,
+    /// The process that it belongs to.
+    pub owner: Owner,
+    /// Its private directory, on the owner's machine.
+    pub dir: PathBuf,
+    /// The session; `None` as long as it is not open.
+    pub session: Option<Saved>,
+}
+
+impl Claim {
+    /// This process's, with nothing open.
+    #[must_use]
+    pub fn new(dir: PathBuf) -> Self {
+        Self {
+            form: FORM,
+            owner: Owner::here(),
+            dir,
+            session: None,
+        }
+    }
+}
+
+/// An open session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// The chain of its checkpoints.
+    pub chain: String,
+    /// Its instant: milliseconds since 1970 UTC.
+    pub time_ms: u64,
+    /// How long it outlives its process, in milliseconds.
+    pub keep_ms: u64,
+    /// The socket of QEMU's NBD server.
+    pub server: PathBuf,
+    /// Its disks; their places are the numbers in the names of their objects.
+    pub disks: Vec<SavedDisk>,
+}
+
+/// A disk of an open session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedDisk {
+    /// The disk's id.
+    pub disk: String,
+    /// Its node.
+    pub node: String,
+    /// The base that was asked for.
+    pub wanted: Option<String>,
+    /// The base: its name and granularity; `None`: full.
+    pub base: Option<(String, u64)>,
+    /// Why it is full although a base was asked for.
+    pub reason: Option<FullReason>,
+    /// The bitmap of the checkpoint that commit makes.
+    pub checkpoint: Option<String>,
+    /// Bytes that changed since the base.
+    pub changed_bytes: u64,
+}
+
+/// How far the consumer of a disk is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// When this was written: milliseconds since 1970 UTC.
+    pub time_ms: u64,
+    /// The view before this offset was given back.
+    pub released: u64,
+    /// Where its stream can go on, in the words of whoever streams; `None`: at its start.
+    pub mark: Option<String>,
+    /// A stream reached the end of the disk, or a push is done.
+    pub complete: bool,
+    /// The host reads it by itself.
+    pub exported: bool,
+    /// Parts of the view are given back that `released` does not tell.
+    pub spent: bool,
+    /// What did not change since the base was given back.
+    pub partial: bool,
+}
+
+/// The text of a note.
+///
+/// # Errors
+/// [`Kind::Internal`]: a path that is no UTF-8.
+pub fn to_text(note: &impl Serialize) -> Result<String> {
+    serde_json::to_string(note)
+        .map_err(|error| Error::new(Kind::Internal, "writing a note").because(error))
+}
+
+/// The note of a text; `None`: it is none, or of another form.
+#[must_use]
+pub fn claim(text: &str) -> Option<Claim> {
+    let claim: Claim = serde_json::from_str(text).ok()?;
+    (claim.form == FORM).then_some(claim)
+}
+
+/// The progress that a text tells; `None`: none.
+#[must_use]
+pub fn progress(text: &str) -> Option<Progress> {
+    serde_json::from_str(text).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_claim_is_read_as_it_was_written_and_one_of_another_form_is_not() {
+        let mut claim_there = Claim::new("/run/qf-x".into());
+        claim_there.session = Some(Saved {
+            chain: "default".into(),
+            time_ms: 5,
+            keep_ms: 6,
+            server: "/run/qf-x-nbd/nbd.sock".into(),
+            disks: vec![SavedDisk {
+                disk: "d".into(),
+                node: "n".into(),
+                wanted: Some("a".into()),
+                base: None,
+                reason: Some(FullReason::SizeChanged),
+                checkpoint: None,
+                changed_bytes: 7,
+            }],
+        });
+        let text = to_text(&claim_there).unwrap();
+        assert_eq!(claim(&text), Some(claim_there));
+        assert_eq!(claim(&text.replace("\"form\":1", "\"form\":2")), None);
+        assert_eq!(claim("{}"), None);
+        assert_eq!(progress("[]"), None);
+    }
+}

@@ -1,0 +1,233 @@
+"""A new process takes over the point in time of one that was killed."""
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+
+from . import support
+from .life import BASE, SIZE, Life
+from .support import MIB, QEMU_7_2, Backup, Stream, Wire
+
+KEEP = {"keep_ms": 600_000}
+FIRST = 5 * MIB + 65536  # What the first process acknowledges.
+
+
+class Attach(Life):
+    limit = 120
+    formats = {"a": "qcow2", "b": "raw"}
+
+    def setUp(self):
+        super().setUp()
+        self.boot()
+        self.full()
+        self.nodes = {disk: node for disk, (_, node) in self.devices().items()}
+
+    def begin(self, **params):
+        """A backup of both disks in a plugin that will be killed."""
+        self.wire = Wire(self.rig.command())
+        params = {"monitor": self.rig.monitor, "base": BASE, "checkpoint": "tuesday", **params}
+        self.began = self.wire.call("backup.begin", params)
+        return self.began["backup"]
+
+    def kill(self):
+        self.wire.process.kill()
+        self.wire.close()
+
+    def read(self, wire, disk, stream, until=None, **params):
+        """Reads records into a stream, up to `until` or to the reply, which is returned."""
+        params = {"backup": self.began["backup"], "disk": disk, "release": "on_ack", "record_max": 65536, **params}
+        asked = wire.send("backup.read", params)
+        while True:
+            message, payload = wire.receive()
+            if message.get("id") == asked:
+                return message
+            if message.get("method") != "record":
+                continue
+            record = message["params"]["record"]
+            if record["kind"] == "begin" and record.get("offset"):
+                continue  # It goes on.
+            stream.take(record, payload or None)
+            if until is not None and record.get("offset", 0) + record.get("length", 0) >= until:
+                return None
+
+    def attached(self, plugin):
+        reply = plugin.call("backup.attach", {"monitor": self.rig.monitor, "backup": self.began["backup"]}, 60)
+        backup = Backup.of(plugin, reply)
+        for disk, told in backup.disks.items():
+            before = next(each for each in self.began["disks"] if each["disk"] == disk)
+            self.assertEqual(before, {key: told[key] for key in before})
+        self.assertEqual(self.began["time_ms"], reply["time_ms"])
+        return backup
+
+    def finish(self, backup):
+        for stream in backup.streams.values():
+            stream.finish()
+        self.rig.compare(self, backup, self.nodes)
+        self.assertEqual(["dev-a", "dev-b"], backup.commit()["committed"])
+        self.assertEqual([], self.left())
+        self.assertEqual([], self.rig.files())
+        self.assertEqual("usable", self.listed()["dev-a"]["tuesday"]["health"])
+
+    def test_a_stream_goes_on_from_the_last_ack(self):
+        self.begin(**KEEP)
+        stream = Stream(self.rig.image("dev-a"))
+        self.read(self.wire, "dev-a", stream, until=FIRST + 2 * MIB)
+        asked = self.wire.send("backup.ack", {"backup": self.began["backup"], "disk": "dev-a", "offset": FIRST})
+        resume = self.wire.reply(asked)["result"]["resume"]
+        self.assertLessEqual(MIB, resume)
+        kept = [record for record in stream.records if record.get("offset", 0) + record.get("length", 0) <= resume]
+        self.kill()
+        # The guest overwrites all meanwhile.
+        self.write(f"write -P 77 0 {SIZE}")
+        plugin = Wire(self.rig.command())
+        self.addCleanup(plugin.close)
+        reply = plugin.call("backup.attach", {"monitor": self.rig.monitor, "backup": self.began["backup"]})
+        told = {disk["disk"]: disk for disk in reply["disks"]}
+        self.assertEqual((resume, False), (told["dev-a"]["resume"], told["dev-a"]["complete"]))
+        self.assertEqual((0, False), (told["dev-b"]["resume"], told["dev-b"]["complete"]))
+        # The host cuts what it has behind the ack, and goes on; the digest is of the whole.
+        rest = Stream(self.rig.image("dev-a"))
+        stored = self.stored(stream, kept)
+        for record, payload in stored:
+            rest.take(record, payload)
+        result = self.read(plugin, "dev-a", rest, offset=resume)
+        self.assertEqual(rest.end["digest"], result["result"]["digest"])
+        other = Stream(self.rig.image("dev-b"))
+        self.read(plugin, "dev-b", other)
+        backup = Backup.of(None, reply)
+        backup.streams = {"dev-a": rest, "dev-b": other}
+        for each in backup.streams.values():
+            each.finish()
+        self.rig.compare(self, backup, self.nodes)
+        done = plugin.call("backup.commit", {"backup": self.began["backup"]})
+        self.assertEqual({"committed": ["dev-a", "dev-b"], "deleted": [], "leftovers": []}, done)
+        self.assertEqual([], self.left())
+
+    def stored(self, stream, kept):
+        """The records that the host has, with their bytes from the image that it made of them."""
+        stream.close()
+        with open(self.rig.image("dev-a"), "rb") as image:
+            for record in kept:
+                payload = None
+                if record["kind"] == "data":
+                    image.seek(record["offset"])
+                    payload = image.read(record["length"])
+                yield record, payload
+
+    def test_what_was_read_to_its_end_is_only_committed(self):
+        """Also where it was given back as it was read."""
+        self.begin()
+        streams = {disk: Stream(self.rig.image(disk)) for disk in self.nodes}
+        for disk, stream in streams.items():
+            self.read(self.wire, disk, stream, release="on_read")
+        self.kill()
+        self.write(f"write -P 78 0 {SIZE}")
+        with self.rig.plugin() as plugin:
+            backup = self.attached(plugin)
+            for told in backup.disks.values():
+                self.assertEqual((None, True), (told.get("resume"), told["complete"]))
+            backup.streams = streams
+            self.finish(backup)
+
+    def test_what_was_given_back_cannot_be_read_again(self):
+        self.begin()
+        stream = Stream(self.rig.image("dev-a"))
+        self.read(self.wire, "dev-a", stream, until=MIB, release="on_read")
+        self.kill()
+        with self.rig.plugin() as plugin:
+            backup = self.attached(plugin)
+            self.assertEqual((None, False), (backup.disks["dev-a"].get("resume"), backup.disks["dev-a"]["complete"]))
+            for offset in (0, MIB):
+                params = {"backup": backup.id, "disk": "dev-a", "offset": offset}
+                self.refused("offset_released", plugin, "backup.read", params)
+            self.refused("incomplete", plugin, "backup.commit", {"backup": backup.id})
+            backup.read("dev-b", self.rig.image("dev-b"))
+            self.assertEqual(["dev-b"], backup.commit(disks=["dev-b"])["committed"])
+        self.assertEqual([], self.left())
+        self.assertNotIn("tuesday", self.listed()["dev-a"])
+        self.rig.forget()
+        self.next_is({"dev-a": None, "dev-b": None}, ids=True)
+
+    def test_the_host_is_killed(self):
+        """With `keep_ms` its plugin lets the point in time stand."""
+        params = {"monitor": self.rig.monitor, "base": BASE, "checkpoint": "tuesday", **KEEP}
+        for keep in (600_000, 0):
+            with self.subTest(keep):
+                self.begin(**{**params, "keep_ms": keep})
+                self.wire.process.stdin.close()
+                self.assertEqual(3, self.wire.process.wait(60))
+                self.wire.process.stdout.close()
+                with self.rig.plugin() as plugin:
+                    if not keep:
+                        params = {"monitor": self.rig.monitor, "backup": self.began["backup"]}
+                        self.refused("unknown_backup", plugin, "backup.attach", params)
+                        continue
+                    backup = self.attached(plugin)
+                    backup.read_all(self.rig)
+                    self.rig.compare(self, backup, self.nodes)
+                    backup.abort()
+
+    def test_a_real_host_is_killed(self):
+        params = {"monitor": self.rig.monitor, "base": BASE, "checkpoint": "tuesday", **KEEP}
+        host = [sys.executable, "-m", "oracle.host_to_kill", json.dumps(self.rig.command()), json.dumps(params)]
+        process = subprocess.Popen(host, stdout=subprocess.PIPE, cwd=support.ROOT / "tests")
+        plugin = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        with contextlib.suppress(ProcessLookupError):
+            pidfd = os.pidfd_open(plugin)
+            select.select([pidfd], [], [], support.SECONDS)
+            os.close(pidfd)
+        left = self.call("reclaim")
+        self.assertEqual([], left["reclaimed"])
+        [kept] = left["left"]
+        self.assertEqual("kept", kept["state"])
+        self.assertEqual([kept["backup"]], self.call("reclaim", backups=[kept["backup"]])["reclaimed"])
+        self.assertEqual([], self.left())
+
+    def test_one_that_is_kept_lets_others_begin(self):
+        """On another disk; it is removed once its time is over."""
+        self.begin(disks=[{"disk": "dev-a"}], keep_ms=600_000)
+        self.kill()
+        with self.rig.plugin() as plugin:
+            other = Backup(plugin, self.rig.monitor, base=BASE, disks=[{"disk": "dev-b"}])
+            other.read("dev-b", self.rig.image("dev-b"))
+            self.assertEqual([], other.commit()["leftovers"])
+        with self.rig.plugin() as plugin:
+            kept = self.attached(plugin)
+            kept.read("dev-a", self.rig.image("dev-a"))
+            self.assertEqual([], kept.abort()["leftovers"])
+        self.assertEqual([], self.left())
+        self.begin(disks=[{"disk": "dev-a"}], keep_ms=1)
+        self.kill()
+        self.assertEqual([self.began["backup"]], self.call("reclaim")["reclaimed"])
+
+    def test_who_cannot_be_attached(self):
+        backup = self.begin()
+        self.kill()
+        with self.rig.plugin() as plugin:
+            params = {"monitor": self.rig.monitor, "backup": "nothing"}
+            self.refused("unknown_backup", plugin, "backup.attach", params)
+            # The job that keeps the point in time is ended by somebody.
+            self.rig.qmp.command("job-cancel", {"id": f"qf-{backup}-0"})
+            params["backup"] = backup
+            data = self.refused("point_in_time_lost", plugin, "backup.attach", params)
+            self.assertEqual("dev-a", data["disk"])
+        self.assertEqual([backup], self.call("reclaim")["reclaimed"])
+        self.assertEqual([], self.left())
+
+    def test_one_that_lives(self):
+        backup = self.begin()
+        reply = self.wire.reply(self.wire.send("backup.attach", {"monitor": self.rig.monitor, "backup": backup}))
+        self.assertEqual("backup_busy", reply["error"]["data"]["code"])
+        self.wire.call("backup.abort", {"backup": backup})
+        self.wire.call("shutdown", {})
+        self.wire.close()
+
+
+class AttachOn72(Attach):
+    qemu = QEMU_7_2
