@@ -22,6 +22,7 @@ use crate::plan::{self, DiskPlan, Wish};
 use crate::qemu::query::{self, Version};
 use crate::qemu::step::{self, Instant, Names};
 use crate::qemu::{Qmp, Schema, discover, note};
+use crate::quiesce::Consistency;
 use crate::reclaim::{self, State};
 use crate::saved::Saved;
 use crate::scratch::Scratch;
@@ -48,6 +49,8 @@ pub struct Member {
     pub wish: Wish,
     /// Where files lie.
     pub places: Places,
+    /// Whether its guest is held still for the instant.
+    pub consistency: Consistency,
 }
 
 /// A point in time on its way. It is to be finished or given up; its `Drop` only logs.

@@ -54,14 +54,18 @@ fn begin_all(
     members: Vec<BeginParams>,
     together: Together,
 ) -> Started {
-    let wishes = members.iter().map(wire::from_begin);
-    let wishes = wishes.collect::<Result<Vec<_>, _>>()?;
+    let wishes = members.iter().map(|params| {
+        let consistency = wire::from_consistency(params.consistency.as_ref())?;
+        Ok((wire::from_begin(params)?, consistency))
+    });
+    let wishes = wishes.collect::<Result<Vec<_>, WireError>>()?;
     let places = server.config.places.clone();
+    let guardian = server.config.guardian.clone();
     let (monitors, cancel) = (server.monitors.clone(), server.token(id));
     Ok(spawn(server, id, async move {
         let began = async {
             let (mut all, mut used) = (Vec::new(), Vec::new());
-            for (params, wish) in members.into_iter().zip(wishes) {
+            for (params, (wish, consistency)) in members.into_iter().zip(wishes) {
                 let monitor = monitors.get(&params.monitor).await?;
                 let mut places = places.clone();
                 if let Some(dir) = params.scratch_dir {
@@ -72,10 +76,11 @@ fn begin_all(
                     server: monitor.server.clone(),
                     wish,
                     places,
+                    consistency,
                 });
                 used.push(monitor);
             }
-            Ok((engine::begin(all, &cancel).await?, used))
+            Ok((engine::begin(all, &guardian, &cancel).await?, used))
         };
         match began.await {
             Ok((begun, used)) => Outcome::Began(begun, used, together),
@@ -92,8 +97,12 @@ pub(crate) fn began(
     together: Together,
 ) -> Result<Box<RawValue>, WireError> {
     let mut backups = Vec::new();
-    for (session, monitor) in begun.sessions.into_iter().zip(monitors) {
-        backups.push(wire::to_began(&session));
+    let sessions = begun.sessions.into_iter().zip(begun.released);
+    for ((session, released), monitor) in sessions.zip(monitors) {
+        backups.push(BeginResult {
+            consistency: wire::to_reached(&released),
+            ..wire::to_began(&session)
+        });
         take_in(server, session, monitor);
     }
     match together {
@@ -131,6 +140,7 @@ pub(crate) fn attached(
         backup,
         time_ms,
         disks,
+        ..
     } = wire::to_began(&session);
     let far = session.disks().iter().map(|disk| disk.view());
     let disks = disks.into_iter().zip(far).map(|(disk, view)| AttachedDisk {

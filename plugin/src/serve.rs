@@ -15,6 +15,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use qemu_fleece_engine::guardian::Program;
 use qemu_fleece_engine::session::Places;
 use qemu_fleece_protocol::backup::AbortResult;
 use qemu_fleece_protocol::envelope::{Request, error_line, result_line};
@@ -51,6 +52,7 @@ const CLOSE_DEADLINE: Duration = Duration::from_secs(90);
 pub(crate) struct Config {
     pub(crate) places: Places,
     pub(crate) storage_daemon: PathBuf,
+    pub(crate) guardian: Program,
     pub(crate) inherited: Inherited,
 }
 

@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::default_chain;
+use crate::consistency::{Consistency, Reached};
 use crate::vm::Tracking;
 
 /// A member that may be absent (inherit) or null (none).
@@ -47,6 +48,9 @@ pub struct BeginParams {
     /// least so many milliseconds from the last ack or other sign of life. 0: not at all.
     #[serde(default)]
     pub keep_ms: u64,
+    /// Whether the guest is held still for the instant; absent: `crash`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consistency: Option<Consistency>,
 }
 
 /// A disk of a backup.
@@ -125,6 +129,9 @@ pub struct BeginResult {
     pub backup: String,
     /// The point in time: milliseconds since 1970 UTC, by the plugin's clock.
     pub time_ms: u64,
+    /// What it is consistent with; absent: `crash`, and nothing else was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consistency: Option<Reached>,
     /// The disks, in the order that was asked for.
     pub disks: Vec<BackupDisk>,
 }

@@ -40,7 +40,7 @@ pub async fn watch(
         _ => return,
     };
     if let Err(error) = watched {
-        warn!(error = error.chain(), "the guest was not held");
+        info!(error = error.chain(), "the guest is not held");
         let (kind, why) = (error.kind().into(), error.chain());
         holder.say(&Word::Failed { kind, why }).await;
     }

@@ -108,7 +108,12 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
     ),
     (
         &["src/guardian"],
-        &["crate::nbd", "crate::view", "crate::server", "crate::teardown"],
+        &[
+            "crate::nbd",
+            "crate::view",
+            "crate::server",
+            "crate::teardown",
+        ],
         "the guardian's process lets go of a guest, and no more",
     ),
     (

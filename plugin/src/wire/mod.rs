@@ -1,6 +1,7 @@
 //! Between the wire's words and the engine's: the only place that knows both.
 
 pub(crate) mod checkpoint;
+mod consistency;
 
 use qemu_fleece_engine::checkpoint::{Checkpoint, FullReason as EngineReason, Id, Name};
 use qemu_fleece_engine::estimate::Estimate;
@@ -18,6 +19,8 @@ use qemu_fleece_protocol::record::Begin;
 use qemu_fleece_protocol::restore::Format;
 use qemu_fleece_protocol::vm::{DiskInfo, Tracking};
 use qemu_fleece_protocol::{Code, WireError};
+
+pub(crate) use consistency::{from_consistency, to_reached};
 
 /// The code of each kind.
 fn code(kind: Kind) -> Code {
@@ -177,10 +180,12 @@ fn to_tracking(disk: &Disk) -> Tracking {
     }
 }
 
+/// What has begun, but for what it is consistent with.
 pub(crate) fn to_began(session: &Session) -> BeginResult {
     BeginResult {
         backup: session.id.clone(),
         time_ms: session.time_ms,
+        consistency: None,
         disks: session.disks().iter().map(to_backup_disk).collect(),
     }
 }
