@@ -19,6 +19,7 @@ use crate::qemu::query::{self, Version};
 use crate::qemu::step::Names;
 use crate::qemu::{Qmp, Schema};
 use crate::reclaim::{self, Found, State};
+use crate::room;
 use crate::saved::{Progress, Saved, SavedDisk};
 use crate::scratch::Scratch;
 use crate::server::Server;
@@ -77,6 +78,9 @@ pub async fn attach(qmp: &Qmp, server: &Server, id: &str) -> Result<Session> {
         SessionDisk::new(plan, saved.changed_bytes, names, Arc::new(view))
     });
     let disks = disks.collect();
+    let scratch = room::Wish::resumed(&session.scratch);
+    // It is needed for warnings only.
+    let room = room::find(&scratch, &[]).await.unwrap_or_default();
     info!(session = id, "point in time taken over");
     Ok(Session::new(
         stake,
@@ -84,6 +88,7 @@ pub async fn attach(qmp: &Qmp, server: &Server, id: &str) -> Result<Session> {
         session.time_ms,
         qmp.clone(),
         disks,
+        (scratch, room),
         teardown,
     ))
 }

@@ -284,6 +284,7 @@ pub(crate) mod tests {
             allocated: Some(4096),
         };
         Disk {
+            stops_when_full: true,
             id: "d".into(),
             node: format!("node-{}", layers[0].0),
             format: "qcow2".into(),

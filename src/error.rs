@@ -73,8 +73,10 @@ pub enum Kind {
     CheckpointUnusable,
     /// An incremental was demanded and the base cannot serve it.
     BaseUnusable(FullReason),
-    /// The scratch file cannot be made.
+    /// The scratch file cannot be made, or there is no room for it.
     ScratchUnavailable,
+    /// Scratch was full, and the point in time of the disk was given up.
+    ScratchFull,
     /// The point in time is gone: its job or filter ended under it.
     PointInTimeLost,
     /// The offset was given back to QEMU, or never was a place to resume from.

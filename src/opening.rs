@@ -24,10 +24,11 @@ use crate::qemu::step::{self, Instant, Names};
 use crate::qemu::{Qmp, Schema, discover, note};
 use crate::quiesce::Consistency;
 use crate::reclaim::{self, State};
+use crate::room::{self, Room};
 use crate::saved::Saved;
-use crate::scratch::Scratch;
+use crate::scratch::{Limits, Scratch};
 use crate::server::Server;
-use crate::session::{Places, Session, SessionDisk, new_id, now_ms, random_id};
+use crate::session::{Session, SessionDisk, new_id, now_ms, random_id};
 use crate::stake::Stake;
 use crate::teardown::{Teardown, Undo};
 use crate::view::View;
@@ -47,8 +48,10 @@ pub struct Member {
     pub server: Server,
     /// What is wished for.
     pub wish: Wish,
-    /// Where files lie.
-    pub places: Places,
+    /// Where sockets lie.
+    pub runtime_dir: PathBuf,
+    /// Where scratch lies, and how much it may take.
+    pub scratch: room::Wish,
     /// Whether its guest is held still for the instant.
     pub consistency: Consistency,
 }
@@ -61,6 +64,9 @@ pub(crate) struct Opening {
     version: Version,
     can_discard_source: bool,
     stake: Stake,
+    room: Room,
+    /// QEMU gives up a disk's point in time by itself when its scratch is full.
+    breaks: bool,
     time_ms: u64,
     disks: Vec<Planned>,
     address: Address,
@@ -95,14 +101,18 @@ impl Opening {
         refuse_what_hurts(version, &plans)?;
         let schema = Schema::probe(qmp).await?;
         refuse_what_is_lacking(&schema)?;
+        let room = room::find(&member.scratch, &plans).await?;
+        let breaks = schema.has_argument("blockdev-backup", "on-cbw-error");
         let mut teardown = Teardown::default();
-        let made = make(&member, plans, &mut teardown, cancel).await;
+        let made = make(&member, plans, breaks, &mut teardown, cancel).await;
         match made {
             Ok((stake, disks, address)) => Ok(Self {
                 cancel: cancel.clone(),
                 version,
                 can_discard_source: schema.has_argument("blockdev-backup", "discard-source"),
                 stake,
+                room,
+                breaks,
                 time_ms,
                 disks,
                 address,
@@ -137,7 +147,7 @@ impl Opening {
                 checkpoint: plan.checkpoint.as_ref().map(|_| GRANULARITY),
             })
             .collect();
-        let transaction = step::point_in_time(&instants);
+        let transaction = step::point_in_time(&instants, self.breaks);
         for Planned { plan, names, .. } in &self.disks {
             let node = plan.disk.node.clone();
             if plan.base.is_some() {
@@ -180,6 +190,7 @@ impl Opening {
                 self.time_ms,
                 self.member.qmp,
                 disks,
+                (self.member.scratch, self.room),
                 self.teardown,
             )),
             Err(error) => Err(self.give_up(error).await),
@@ -195,6 +206,7 @@ impl Opening {
                 Address::Unix(path) => path.clone(),
                 Address::Tcp(_) => PathBuf::new(),
             },
+            scratch: self.member.scratch.saved(),
             disks: disks.iter().map(SessionDisk::saved).collect(),
         }
     }
@@ -253,22 +265,30 @@ impl Opening {
 async fn make(
     member: &Member,
     plans: Vec<DiskPlan>,
+    breaks: bool,
     teardown: &mut Teardown,
     cancel: &CancellationToken,
 ) -> Result<(Stake, Vec<Planned>, Address)> {
     let Member {
         qmp,
         server,
-        places,
+        runtime_dir,
+        scratch: wish,
         ..
     } = member;
-    let stake = Stake::make(qmp, random_id(), &places.runtime_dir, teardown).await?;
+    let stake = Stake::make(qmp, random_id(), runtime_dir, teardown).await?;
     let mut disks = Vec::new();
     for (index, plan) in plans.into_iter().enumerate() {
         go_on(cancel)?;
         let names = Names::new(&stake.id, index);
-        let scratch =
-            Scratch::open(qmp, &names, plan.disk.size, &places.scratch_dir, teardown).await;
+        // Only then can its guest never meet an error.
+        let reserve = (!breaks && !plan.disk.stops_when_full).then(|| room::most_of(&plan));
+        let limits = Limits {
+            dir: &wish.dir,
+            cap: wish.cap(),
+            reserve,
+        };
+        let scratch = Scratch::open(qmp, &names, plan.disk.size, &limits, teardown).await;
         let scratch = scratch.map_err(|error| error.on_disk(plan.disk.id.clone()))?;
         disks.push(Planned {
             plan,

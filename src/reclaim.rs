@@ -242,13 +242,15 @@ pub async fn sessions(qmp: &Qmp) -> Result<Vec<Found>> {
     for export in query::block_exports(qmp).await? {
         found.see(&export.id);
     }
-    for (id, opaque) in query::fdsets(qmp).await? {
-        if let Some(session) = found.see(&opaque) {
-            session.fdsets.push(id);
-        }
-    }
     for id in note::ids(qmp).await? {
         found.read(qmp, &id).await?;
+    }
+    for (id, opaque) in query::fdsets(qmp).await? {
+        // QEMU 7.2 shows removed ones for a while, so they alone are no session.
+        let session = step::session_of(&opaque).and_then(|of| found.sessions.get_mut(of));
+        if let Some(session) = session {
+            session.fdsets.push(id);
+        }
     }
     Ok(found.sessions.into_values().collect())
 }

@@ -15,6 +15,7 @@ use crate::plan;
 use crate::qemu::Qmp;
 use crate::qemu::discover::{self, Disk};
 use crate::qemu::step::Names;
+use crate::reclaim;
 use crate::server::Server;
 use crate::session::{new_id, random_id};
 use crate::stake::Stake;
@@ -87,6 +88,8 @@ pub async fn redefine(
     words: &[Word],
     granularity: Option<u64>,
 ) -> Result<Listed> {
+    // One of them may have QEMU's NBD server.
+    reclaim::dead(qmp).await?;
     let disks = discover::disks(qmp).await?;
     let subject = Subject {
         chain: chain.clone(),

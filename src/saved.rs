@@ -56,8 +56,23 @@ pub struct Saved {
     pub keep_ms: u64,
     /// The socket of QEMU's NBD server.
     pub server: PathBuf,
+    /// What the host said of scratch.
+    pub scratch: SavedScratch,
     /// Its disks; their places are the numbers in the names of their objects.
     pub disks: Vec<SavedDisk>,
+}
+
+/// What the host said of scratch.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SavedScratch {
+    /// The directory.
+    pub dir: PathBuf,
+    /// Most bytes for each disk.
+    pub disk_max_bytes: Option<u64>,
+    /// Most bytes for all disks together.
+    pub max_bytes: Option<u64>,
+    /// The guest waits for room, rather than go on without the point in time.
+    pub waits: bool,
 }
 
 /// A disk of an open session.
@@ -132,6 +147,12 @@ mod tests {
             time_ms: 5,
             keep_ms: 6,
             server: "/run/qf-x-nbd/nbd.sock".into(),
+            scratch: SavedScratch {
+                dir: "/s".into(),
+                disk_max_bytes: None,
+                max_bytes: Some(8),
+                waits: true,
+            },
             disks: vec![SavedDisk {
                 disk: "d".into(),
                 node: "n".into(),

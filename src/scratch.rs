@@ -11,12 +11,14 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use qapi::qmp::block_resize;
 use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Error, Kind, Result};
 use crate::file_node::{self, Way};
 use crate::qemu::step::{self, Names};
 use crate::qemu::{Qmp, job, query};
+use crate::room;
 use crate::teardown::{Teardown, Undo};
 
 /// How long QEMU gets to format an empty image.
@@ -31,21 +33,35 @@ pub enum Scratch {
     Node(String),
 }
 
+/// How much a disk's scratch may take, and where.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits<'a> {
+    /// The directory.
+    pub dir: &'a Path,
+    /// Most bytes; QEMU finds no more room then.
+    pub cap: Option<u64>,
+    /// Bytes to be taken beforehand; room that is given back stays with the file then.
+    pub reserve: Option<u64>,
+}
+
 impl Scratch {
-    /// Makes a scratch image of `size` bytes in `dir` and opens it in QEMU as
-    /// node [`Names::scratch`]. What it makes is on `teardown`.
+    /// Makes a scratch image of `size` bytes and opens it in QEMU as node
+    /// [`Names::scratch`]. What it makes is on `teardown`.
     ///
     /// # Errors
-    /// [`Kind::ScratchUnavailable`] when the file cannot be made; else QEMU's.
+    /// [`Kind::ScratchUnavailable`] when the file cannot be made, or has no room to
+    /// reserve; else QEMU's.
     pub async fn open(
         qmp: &Qmp,
         names: &Names,
         size: u64,
-        dir: &Path,
+        limits: &Limits<'_>,
         teardown: &mut Teardown,
     ) -> Result<Self> {
+        let dir = limits.dir;
         let node = names.scratch_file();
-        let options = |filename: &str| step::scratch_file(names, filename);
+        let keeps_room = limits.reserve.is_some();
+        let options = |filename: &str| step::scratch_file(names, filename, keeps_room);
         let file = if qmp.can_pass_fds() {
             let file = unnamed_file(dir)?;
             file_node::add(qmp, Way::Open(&file), &names.job(), node, options, teardown).await?;
@@ -80,12 +96,36 @@ impl Scratch {
         teardown.forget(&Undo::Job {
             id: names.create_job(),
         });
+        if let Some(bytes) = limits.reserve {
+            room::reserve(&file, dir, bytes, limits.cap).await?;
+        }
+        if let Some(cap) = limits.cap {
+            // Longer than the image is: QEMU opens no window beyond a file's end.
+            let node_name = Some(names.scratch_file());
+            let size = i64::try_from(cap).unwrap_or(i64::MAX);
+            let device = None;
+            qmp.execute(&block_resize {
+                device,
+                node_name,
+                size,
+            })
+            .await?;
+        }
         teardown.push(Undo::Node {
             node: names.scratch(),
         });
-        qmp.execute_raw("blockdev-add", step::scratch(names))
+        qmp.execute_raw("blockdev-add", step::scratch(names, limits.cap))
             .await?;
         Ok(Self::Held(file))
+    }
+
+    /// Frees all its room: nothing reads or writes it any more.
+    pub(crate) fn empty(&self) {
+        if let Self::Held(file) = self
+            && let Err(error) = file.set_len(0)
+        {
+            tracing::warn!(%error, "could not empty a scratch file");
+        }
     }
 
     /// Bytes that the file takes now; 0 when that cannot be told.

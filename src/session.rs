@@ -15,20 +15,22 @@
 //!
 //! `commit` and `abort` take the session, so nothing can be read after them.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use tokio::sync::broadcast;
+use tokio::sync::{broadcast, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use crate::change;
 use crate::checkpoint::{Checkpoint, GRANULARITY, Id, Name};
 use crate::error::{Error, Kind, Result};
+use crate::guard::{self, Guard, Notice};
 use crate::opening::TRANSACTION_DEADLINE;
 use crate::plan::DiskPlan;
 use crate::qemu::step::{self, Lasting, Names};
 use crate::qemu::{Event, Qmp};
+use crate::room::{self, Room};
 use crate::saved::SavedDisk;
 use crate::stake::Stake;
 use crate::teardown::{Teardown, Undo};
@@ -36,15 +38,6 @@ use crate::view::View;
 
 /// How long a push gets to end once it is cancelled.
 const WORK_DEADLINE: Duration = Duration::from_secs(30);
-
-/// Where a session keeps its files.
-#[derive(Clone, Debug)]
-pub struct Places {
-    /// Scratch files.
-    pub scratch_dir: PathBuf,
-    /// The NBD socket, in a private directory made below it.
-    pub runtime_dir: PathBuf,
-}
 
 /// A disk of an open session.
 #[derive(Debug)]
@@ -69,6 +62,9 @@ pub struct Session {
     pub time_ms: u64,
     qmp: Qmp,
     disks: Vec<SessionDisk>,
+    scratch: room::Wish,
+    /// What there was of room for scratch when it began.
+    pub room: Room,
     teardown: Teardown,
     over: CancellationToken,
 }
@@ -126,6 +122,7 @@ impl Session {
         time_ms: u64,
         qmp: Qmp,
         disks: Vec<SessionDisk>,
+        (scratch, room): (room::Wish, Room),
         teardown: Teardown,
     ) -> Self {
         Self {
@@ -135,6 +132,8 @@ impl Session {
             time_ms,
             qmp,
             disks,
+            scratch,
+            room,
             teardown,
             over: CancellationToken::new(),
         }
@@ -156,6 +155,16 @@ impl Session {
     #[must_use]
     pub fn events(&self) -> broadcast::Receiver<Event> {
         self.qmp.events()
+    }
+
+    /// Its guard, to be run as long as it lives, and what that has to say.
+    #[must_use]
+    pub fn guard(&self) -> (Guard, mpsc::Receiver<Notice>) {
+        let (notices, told) = mpsc::channel(guard::NOTICES);
+        let views = self.disks.iter().map(|disk| Arc::clone(&disk.view));
+        let (qmp, scratch) = (self.qmp.clone(), self.scratch.clone());
+        let guard = Guard::new(qmp, views.collect(), scratch, self.room, notices);
+        (guard, told)
     }
 
     /// The view of a disk: to read it ([`crate::pull::Pull`]), and to give parts of it back.

@@ -60,6 +60,8 @@ struct State {
     flowing: bool,
     /// Where the stream can go on, in the words of whoever streams.
     mark: Option<String>,
+    /// Scratch was full, and the point in time of this disk was given up.
+    lost: bool,
     /// What a push has made, and could not take away.
     left: Teardown,
 }
@@ -264,12 +266,38 @@ impl View {
         state.complete || state.exported
     }
 
+    /// Its point in time is given up: nothing of it can be read any more.
+    pub(crate) fn lose(&self) {
+        self.state().lost = true;
+    }
+
+    /// Whether its point in time was given up.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.state().lost
+    }
+
+    /// Frees the room of scratch that nobody needs any more.
+    pub(crate) fn empty_scratch(&self) {
+        self.scratch.empty();
+    }
+
+    fn scratch_full(&self) -> Option<Error> {
+        self.state().lost.then(|| {
+            Error::new(Kind::ScratchFull, "reading the point in time")
+                .because("scratch was full, and it was given up, so that the guest could go on")
+                .on_disk(self.disk.clone())
+        })
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Claims the view for a stream that starts at `offset`.
     pub(crate) fn start(&self, offset: u64) -> Result<()> {
+        if let Some(error) = self.scratch_full() {
+            return Err(error);
+        }
         let mut state = self.state();
         if state.active {
             return Err(
@@ -457,6 +485,9 @@ impl View {
     /// [`Kind::OffsetReleased`]; [`Kind::QemuUnsupported`] where this QEMU would answer them
     /// wrongly; QEMU's; NBD's.
     pub async fn export(&self, runtime_dir: &Path) -> Result<Exported> {
+        if let Some(error) = self.scratch_full() {
+            return Err(error);
+        }
         {
             let state = self.state();
             if !state.exported && (state.spent || state.released > 0) {
@@ -508,6 +539,9 @@ impl View {
 
     /// Turns an error of reading into `PointInTimeLost` where that is the cause.
     pub(crate) async fn explain(&self, error: Error) -> Error {
+        if let Some(full) = self.scratch_full() {
+            return full.leaving(error.leftovers().to_vec());
+        }
         if !matches!(
             error.kind(),
             Kind::NbdRefused | Kind::NbdClosed | Kind::NbdUnreachable
@@ -519,6 +553,9 @@ impl View {
 
     /// Turns any error into `PointInTimeLost` where the job that keeps it does not run.
     pub(crate) async fn blame_job(&self, error: Error) -> Error {
+        if let Some(full) = self.scratch_full() {
+            return full.leaving(error.leftovers().to_vec());
+        }
         let lost = |why: Error| {
             let offset = why.offset();
             let lost = Error::new(Kind::PointInTimeLost, "reading the point in time")

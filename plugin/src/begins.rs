@@ -1,18 +1,17 @@
 //! How points in time come to this process, and go without it: `backup.begin`,
 //! `backup.begin_group`, `backup.attach`, `reclaim`.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use qemu_fleece_engine::attach;
 use qemu_fleece_engine::begin::{self as engine, Begun, MAX_MEMBERS, Member};
 use qemu_fleece_engine::reclaim::{self, State, Which};
 use qemu_fleece_engine::session::Session;
-use qemu_fleece_protocol::backup::{
-    AttachParams, AttachResult, AttachedDisk, BackupState, BeginGroupParams, BeginGroupResult,
-    BeginParams, BeginResult, LeftBackup, ReclaimParams, ReclaimResult,
-};
+use qemu_fleece_protocol::backup::{BeginGroupParams, BeginGroupResult, BeginParams, BeginResult};
 use qemu_fleece_protocol::error::StateLeft;
+use qemu_fleece_protocol::orphan::{
+    AttachParams, AttachResult, AttachedDisk, BackupState, LeftBackup, ReclaimParams, ReclaimResult,
+};
 use qemu_fleece_protocol::{Code, Id, WireError};
 use serde_json::value::RawValue;
 
@@ -59,23 +58,23 @@ fn begin_all(
         Ok((wire::from_begin(params)?, consistency))
     });
     let wishes = wishes.collect::<Result<Vec<_>, WireError>>()?;
-    let places = server.config.places.clone();
     let guardian = server.config.guardian.clone();
+    let (scratch_dir, runtime_dir) = (
+        server.config.scratch_dir.clone(),
+        server.config.runtime_dir.clone(),
+    );
     let (monitors, cancel) = (server.monitors.clone(), server.token(id));
     Ok(spawn(server, id, async move {
         let began = async {
             let (mut all, mut used) = (Vec::new(), Vec::new());
             for (params, (wish, consistency)) in members.into_iter().zip(wishes) {
                 let monitor = monitors.get(&params.monitor).await?;
-                let mut places = places.clone();
-                if let Some(dir) = params.scratch_dir {
-                    places.scratch_dir = PathBuf::from(dir);
-                }
                 all.push(Member {
                     qmp: monitor.qmp.clone(),
                     server: monitor.server.clone(),
                     wish,
-                    places,
+                    runtime_dir: runtime_dir.clone(),
+                    scratch: wire::from_scratch(params.scratch.unwrap_or_default(), &scratch_dir),
                     consistency,
                 });
                 used.push(monitor);
@@ -164,6 +163,9 @@ fn take_in(server: &mut Server, session: Session, monitor: Arc<Monitor>) {
         session.over(),
         server.outlet.clone(),
     );
+    let (guard, notices) = session.guard();
+    tokio::spawn(guard.run(session.over()));
+    events::spawn_scratch(session.id.clone(), notices, server.outlet.clone());
     server.backups.add(session, monitor);
 }
 

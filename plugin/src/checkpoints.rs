@@ -124,7 +124,7 @@ fn redefine(server: &mut Server, id: &Id, params: RedefineParams) -> Started {
     let name = wire::from_name(&params.checkpoint)?;
     let words = params.disks.into_iter().map(wire::checkpoint::from_word);
     let words = words.collect::<std::result::Result<Vec<_>, _>>()?;
-    let runtime_dir: PathBuf = server.config.places.runtime_dir.clone();
+    let runtime_dir: PathBuf = server.config.runtime_dir.clone();
     run(server, id, params.monitor, move |monitor| async move {
         let grain = params.granularity;
         let redefined = redefine::redefine(

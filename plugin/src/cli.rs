@@ -6,7 +6,6 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
 use qemu_fleece_engine::guardian::Program;
-use qemu_fleece_engine::session::Places;
 
 use crate::inherited::Inherited;
 use crate::serve::Config;
@@ -131,12 +130,9 @@ impl Cli {
                     .filter(|dir| dir.is_dir())
             })
             .unwrap_or_else(|| PathBuf::from("/tmp"));
-        let places = Places {
+        Ok(Config {
             scratch_dir: self.scratch_dir.clone(),
             runtime_dir,
-        };
-        Ok(Config {
-            places,
             storage_daemon: self.storage_daemon.clone(),
             guardian: self.guardian(),
             inherited,

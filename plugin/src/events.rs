@@ -1,9 +1,14 @@
 //! QEMU's events that a host should hear of while a backup is open.
 
+use std::time::Duration;
+
+use qemu_fleece_engine::guard::{Notice, What};
 use qemu_fleece_engine::qemu::Event;
 use qemu_fleece_protocol::envelope::notification_line;
 use qemu_fleece_protocol::event::{VmEvent, VmParams};
+use qemu_fleece_protocol::scratch::{ScratchEvent, ScratchParams};
 use tokio::sync::broadcast::{self, error::RecvError};
+use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::writer::Outlet;
@@ -45,6 +50,36 @@ pub(crate) fn spawn(
             }
         }
     });
+}
+
+/// Tells of scratch until its guard ends.
+pub(crate) fn spawn_scratch(backup: String, mut notices: mpsc::Receiver<Notice>, outlet: Outlet) {
+    tokio::spawn(async move {
+        while let Some(notice) = notices.recv().await {
+            let params = ScratchParams {
+                backup: backup.clone(),
+                disk: notice.disk,
+                event: match notice.what {
+                    What::High => ScratchEvent::High,
+                    What::Full => ScratchEvent::Full,
+                    What::GivenUp => ScratchEvent::GivenUp,
+                    What::Resumed => ScratchEvent::Resumed,
+                },
+                scratch_bytes: notice.scratch_bytes,
+                paused_ms: notice.paused.map(to_ms),
+            };
+            let Ok(line) = notification_line("scratch", params, None) else {
+                return;
+            };
+            if outlet.send(line.into()).await.is_err() {
+                return;
+            }
+        }
+    });
+}
+
+fn to_ms(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }
 
 fn to_vm(event: &Event) -> Option<(VmEvent, Option<String>)> {

@@ -342,7 +342,7 @@ fn restore_begin(server: &mut Server, id: &Id, params: RestoreBeginParams) -> Op
         size: params.size,
     };
     spawn(server, id, async move {
-        match Restore::begin(target, &config.storage_daemon, &config.places.runtime_dir).await {
+        match Restore::begin(target, &config.storage_daemon, &config.runtime_dir).await {
             Ok(restore) => Outcome::Restoring(random_id(), restores::spawn(restore, params.target)),
             Err(error) => Outcome::Reply(Err(wire::unchanged(&error))),
         }

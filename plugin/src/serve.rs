@@ -16,7 +16,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use qemu_fleece_engine::guardian::Program;
-use qemu_fleece_engine::session::Places;
 use qemu_fleece_protocol::backup::AbortResult;
 use qemu_fleece_protocol::envelope::{Request, error_line, result_line};
 use qemu_fleece_protocol::hello::{Carrier, ShutdownResult};
@@ -50,7 +49,10 @@ const CLOSE_DEADLINE: Duration = Duration::from_secs(90);
 /// How the process is set up.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
-    pub(crate) places: Places,
+    /// Where scratch lies unless a host names another place.
+    pub(crate) scratch_dir: PathBuf,
+    /// Where private directories for sockets are made.
+    pub(crate) runtime_dir: PathBuf,
     pub(crate) storage_daemon: PathBuf,
     pub(crate) guardian: Program,
     pub(crate) inherited: Inherited,

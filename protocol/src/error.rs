@@ -154,6 +154,8 @@ codes! {
     BaseUnusable = "base_unusable", -32000, TakeFull;
     /// The scratch file cannot be made.
     ScratchUnavailable = "scratch_unavailable", -32000, FreeSpace;
+    /// Scratch was full, and the point in time of the disk was given up, so that its guest could go on.
+    ScratchFull = "scratch_full", -32000, FreeSpace;
     /// The point in time is gone; its backup can only be aborted.
     PointInTimeLost = "point_in_time_lost", -32000, Retry;
     /// The offset was given back, or is no place to go on from; `offset` says which one is.

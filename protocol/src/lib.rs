@@ -9,10 +9,12 @@ pub mod event;
 pub mod export;
 pub mod hello;
 pub mod line;
+pub mod orphan;
 pub mod push;
 pub mod record;
 pub mod restore;
 pub mod schema;
+pub mod scratch;
 pub mod stream;
 pub mod vm;
 

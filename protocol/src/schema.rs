@@ -4,7 +4,9 @@ use schemars::generate::{SchemaGenerator, SchemaSettings};
 use schemars::{JsonSchema, Schema};
 use serde_json::{Map, Value, json};
 
-use crate::{backup, checkpoint, error, event, export, hello, push, record, restore, vm};
+use crate::{
+    backup, checkpoint, error, event, export, hello, orphan, push, record, restore, scratch, vm,
+};
 
 /// The whole of the wire as one JSON document: `$defs` as JSON Schema 2020-12,
 /// and per method and notification a reference to its parameters and result.
@@ -95,13 +97,13 @@ pub fn schema() -> Value {
         );
         method(
             "backup.attach",
-            of::<backup::AttachParams>(g),
-            of::<backup::AttachResult>(g),
+            of::<orphan::AttachParams>(g),
+            of::<orphan::AttachResult>(g),
         );
         method(
             "reclaim",
-            of::<backup::ReclaimParams>(g),
-            of::<backup::ReclaimResult>(g),
+            of::<orphan::ReclaimParams>(g),
+            of::<orphan::ReclaimResult>(g),
         );
         method(
             "backup.read",
@@ -164,6 +166,7 @@ pub fn schema() -> Value {
         "extents": of::<export::ExtentsParams>(&mut types),
         "progress": of::<event::ProgressParams>(&mut types),
         "vm": of::<event::VmParams>(&mut types),
+        "scratch": of::<scratch::ScratchParams>(&mut types),
     });
     let record = of::<record::Record>(&mut types);
     let error = of::<error::WireError>(&mut types);

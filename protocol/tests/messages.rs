@@ -8,8 +8,8 @@ use std::fmt::Debug;
 
 use qemu_fleece_protocol::envelope::{Id, Request, error_line, notification_line, result_line};
 use qemu_fleece_protocol::{
-    Action, Code, WireError, backup, checkpoint, consistency, error, event, export, hello, push,
-    restore, schema, vm,
+    Action, Code, WireError, backup, checkpoint, consistency, error, event, export, hello, orphan,
+    push, restore, schema, scratch, vm,
 };
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -91,9 +91,9 @@ fn all_params() -> Vec<String> {
         params::<hello::CancelParams>(&[json!({"id": 7}), json!({"id": "seven"})]),
         params::<vm::InspectParams>(&[json!({"monitor": "/run/qmp"})]),
         params::<backup::BeginParams>(&[
-            json!({"monitor": "/m", "chain": "default", "strict": false, "keep_unchanged": false}),
-            json!({"monitor": "/m", "strict": true, "chain": "c", "base": "a", "checkpoint": "b", "scratch_dir": "/s",
-                "keep_unchanged": true,
+            json!({"monitor": "/m", "chain": "default", "strict": false, "keep_unchanged": false, "keep_ms": 0}),
+            json!({"monitor": "/m", "strict": true, "chain": "c", "base": "a", "checkpoint": "b", "scratch": {"dir": "/s", "disk_max_bytes": 1, "max_bytes": 2, "min_free_bytes": 3, "on_full": "wait"},
+                "keep_unchanged": true, "keep_ms": 5,
                 "disks": [{"disk": "d"}, {"disk": "e", "base": null}, {"disk": "f", "base": "c", "base_id": "i"}]}),
         ]),
         params::<consistency::Consistency>(&[
@@ -103,8 +103,14 @@ fn all_params() -> Vec<String> {
             json!({"kind": "agent", "socket": "tcp:h:1", "policy": "try", "deadline_ms": 100}),
         ]),
         params::<backup::BeginGroupParams>(&[json!({"members": [
-            {"monitor": "/m", "chain": "default", "strict": false, "keep_unchanged": false},
+            {"monitor": "/m", "chain": "default", "strict": false, "keep_unchanged": false, "keep_ms": 0},
         ]})]),
+        params::<orphan::AttachParams>(&[json!({"monitor": "/m", "backup": "b"})]),
+        params::<orphan::ReclaimParams>(&[
+            json!({"monitor": "/m", "force": false}),
+            json!({"monitor": "/m", "backups": ["b"], "force": true}),
+        ]),
+        params::<scratch::ScratchChoice>(&[json!({"on_full": "give_up"})]),
         params::<push::PushParams>(&[
             json!({"backup": "b", "disk": "d", "compress": false, "target": {"kind": "records"}}),
             json!({"backup": "b", "disk": "d", "compress": true, "speed": 1, "workers": 2, "discard_source": false,
@@ -194,6 +200,10 @@ fn all_others() -> Vec<String> {
     let incremental = json!({"disk": "d", "size": 1, "planned": "incremental", "mode": "incremental",
         "base": "a", "checkpoint": "b", "checkpoint_id": "i", "tracking": "persistent", "granularity": 65536,
         "changed_bytes": 1});
+    let room = json!({"free_bytes": 1, "asked_bytes": 2, "most_bytes": 3});
+    let mut attached = incremental.clone();
+    attached["resume"] = json!(5);
+    attached["complete"] = json!(false);
     let checkpoint = json!({"checkpoint": "a", "health": "usable", "chain": "c", "id": "i", "time_ms": 1,
         "dirty_bytes": 2, "granularity": 3, "persistent": true, "recording": true, "memory_bytes": 4});
     let checkpoints = json!({"disk": "d", "size": 1, "tracking": "persistent",
@@ -237,16 +247,37 @@ fn all_others() -> Vec<String> {
         result::<backup::EstimateResult>(&[json!({"disks": [estimate]})]),
         result::<backup::DiskEstimate>(&[estimate]),
         result::<backup::BeginResult>(&[
-            json!({"backup": "b", "time_ms": 1, "disks": [full, incremental]}),
-            json!({"backup": "b", "time_ms": 1, "disks": [], "consistency": {"kind": "agent", "frozen_ms": 5,
+            json!({"backup": "b", "time_ms": 1, "scratch": room, "disks": [full, incremental]}),
+            json!({"backup": "b", "time_ms": 1, "scratch": room, "disks": [], "consistency": {"kind": "agent", "frozen_ms": 5,
                 "filesystems": 2}}),
         ]),
         result::<consistency::Reached>(&[
             json!({"kind": "crash", "reason": "agent_refused", "message": "why"}),
             json!({"kind": "pause", "paused_ms": 5}),
         ]),
+        result::<scratch::ScratchRoom>(std::slice::from_ref(&room)),
+        result::<scratch::OnFull>(&[json!("wait")]),
+        result::<scratch::ScratchEvent>(&[
+            json!("high"),
+            json!("full"),
+            json!("given_up"),
+            json!("resumed"),
+        ]),
+        result::<scratch::ScratchParams>(&[
+            json!({"backup": "b", "disk": "d", "event": "given_up", "scratch_bytes": 1, "paused_ms": 2}),
+        ]),
+        result::<orphan::AttachResult>(&[
+            json!({"backup": "b", "time_ms": 1, "disks": [attached]}),
+        ]),
+        result::<orphan::AttachedDisk>(&[attached]),
+        result::<orphan::ReclaimResult>(&[json!({"reclaimed": ["a"], "left": [
+            {"backup": "b", "state": "alive"}, {"backup": "c", "state": "dead"},
+            {"backup": "d", "state": "kept"}, {"backup": "e", "state": "unknown"},
+        ], "leftovers": ["l"]})]),
+        result::<orphan::LeftBackup>(&[json!({"backup": "b", "state": "alive"})]),
+        result::<orphan::BackupState>(&[json!("alive")]),
         result::<backup::BeginGroupResult>(&[json!({"skew_us": 5, "backups": [
-            {"backup": "b", "time_ms": 1, "disks": [full, incremental]},
+            {"backup": "b", "time_ms": 1, "scratch": room, "disks": [full, incremental]},
         ]})]),
         result::<backup::BackupDisk>(&[full, incremental]),
         result::<backup::ReadResult>(&[

@@ -289,3 +289,29 @@ fn an_inline_record_fits_a_line() {
     let base64 = usize::try_from(MAX_PAYLOAD_BYTES.div_ceil(3) * 4).unwrap();
     assert!(base64 + MAX_HEADER_BYTES < MAX_LINE_BYTES);
 }
+
+proptest! {
+    /// Another process goes on with the very same digest and counts.
+    #[test]
+    fn a_place_survives_as_text(before in vec(any::<u8>(), 0..300), zeros in 0u64..1 << 40, after in vec(any::<u8>(), 0..300)) {
+        let mut whole = Writer::new(&begin(1 << 41, 0));
+        whole.data(&before);
+        whole.zero(zeros, true);
+        let text = whole.save();
+        let mut again = Writer::load(&text).unwrap();
+        prop_assert_eq!(again.offset(), whole.offset());
+        for writer in [&mut whole, &mut again] {
+            writer.same(7);
+            writer.data(&after);
+        }
+        prop_assert_eq!(again.end(), whole.end());
+        prop_assert_eq!(again.save(), whole.save());
+    }
+
+    #[test]
+    fn no_other_text_is_a_place(text in "[ 0-9a-f]{0,300}") {
+        if let Some(writer) = Writer::load(&text) {
+            prop_assert_eq!(writer.save(), text);
+        }
+    }
+}

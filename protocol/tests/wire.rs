@@ -122,7 +122,7 @@ fn the_schema_has_each_method_of_the_specification_and_closes_parameters() {
             "{result}"
         );
     }
-    assert_eq!(schema["methods"].as_object().unwrap().len(), 27);
+    assert_eq!(schema["methods"].as_object().unwrap().len(), 29);
 }
 
 #[test]

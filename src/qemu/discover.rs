@@ -93,6 +93,8 @@ pub struct Disk {
     /// The id of the iothread that serves it or its controller; several are joined
     /// by commas. Only known after [`find_iothreads`].
     pub iothread: Option<String>,
+    /// Its device stops the guest when there is no room, rather than give it an error.
+    pub stops_when_full: bool,
     /// Of its VM and its id.
     pub owner: Mark,
     /// Its images: its own, at the node above, then those below it. Empty without a medium.
@@ -215,6 +217,7 @@ impl Vm<'_> {
             device: backend,
             qdev,
             removable,
+            io_status,
             inserted,
         } = device;
         let ours = |node: &BlockNode| node.node_name.starts_with(step::PREFIX);
@@ -247,7 +250,10 @@ impl Vm<'_> {
             _ if filtered => Some(Reason::InBackup),
             Some(node) => exclude(node),
         };
-        self.disk(id, inserted, qdev, excluded)
+        Disk {
+            stops_when_full: io_status.is_some(),
+            ..self.disk(id, inserted, qdev, excluded)
+        }
     }
 
     /// A storage daemon has no devices: each image that the user named is a disk.
@@ -287,6 +293,7 @@ impl Vm<'_> {
             id,
             qdev,
             iothread: None,
+            stops_when_full: false,
             excluded,
             persistent_bitmaps: node.as_ref().is_some_and(stores_bitmaps),
             layers: node

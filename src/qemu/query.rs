@@ -330,6 +330,10 @@ pub struct BlockDevice {
     pub qdev: Option<String>,
     /// The guest can eject it.
     pub removable: bool,
+    /// `ok`, or why the guest stands still: `nospace`, `failed`. Told only of a device that
+    /// stops its guest on such errors, rather than pass them on.
+    #[serde(rename = "io-status")]
+    pub io_status: Option<String>,
     /// What is in it.
     pub inserted: Option<BlockNode>,
 }

@@ -185,14 +185,19 @@ pub struct Instant<'a> {
 
 /// `transaction`: the point in time of all disks. Backup actions come first:
 /// each drains its disk until the transaction ends, so that no write of an
-/// iothread falls between the instant and the bitmaps.
+/// iothread falls between the instant and the bitmaps. `breaks`: a copy that fails costs the
+/// point in time, not the guest's write (QEMU 10.1 and later).
 #[must_use]
-pub fn point_in_time(disks: &[Instant<'_>]) -> Value {
+pub fn point_in_time(disks: &[Instant<'_>], breaks: bool) -> Value {
     let backups = disks.iter().map(|disk| {
-        json!({"type": "blockdev-backup", "data": {
+        let mut backup = json!({
             "job-id": disk.names.job(), "device": disk.node, "target": disk.names.scratch(),
             "sync": "none", "filter-node-name": disk.names.filter(), "auto-dismiss": false,
-        }})
+        });
+        if breaks {
+            backup["on-cbw-error"] = json!("break-snapshot");
+        }
+        json!({"type": "blockdev-backup", "data": backup})
     });
     let bitmaps = disks.iter().flat_map(|disk| {
         let new = disk
@@ -307,12 +312,13 @@ pub fn canvas_export(names: &Names) -> Value {
     json!({"type": "nbd", "id": names.canvas(), "node-name": names.canvas(), "name": names.canvas(), "writable": true})
 }
 
-/// `blockdev-add`: the file below the scratch image.
+/// `blockdev-add`: the file below the scratch image, which `keeps_room` or gives it back.
 #[must_use]
-pub fn scratch_file(names: &Names, filename: &str) -> Value {
+pub fn scratch_file(names: &Names, filename: &str, keeps_room: bool) -> Value {
+    let discard = if keeps_room { "ignore" } else { "unmap" };
     // No flush: scratch is worthless after a crash of the machine.
     json!({"driver": "file", "node-name": names.scratch_file(), "filename": filename,
-        "discard": "unmap", "cache": {"no-flush": true}})
+        "discard": discard, "cache": {"no-flush": true}})
 }
 
 /// `blockdev-create`: an empty qcow2 in that file. It has no backing image:
@@ -323,10 +329,14 @@ pub fn format_scratch(names: &Names, size: u64) -> Value {
         "options": {"driver": "qcow2", "file": names.scratch_file(), "size": size}})
 }
 
-/// `blockdev-add`: the scratch image.
+/// `blockdev-add`: the scratch image. With `cap`, it finds no room beyond so many bytes.
 #[must_use]
-pub fn scratch(names: &Names) -> Value {
-    json!({"driver": "qcow2", "node-name": names.scratch(), "file": names.scratch_file(), "discard": "unmap"})
+pub fn scratch(names: &Names, cap: Option<u64>) -> Value {
+    let file = match cap {
+        None => json!(names.scratch_file()),
+        Some(cap) => json!({"driver": "raw", "size": cap, "file": names.scratch_file()}),
+    };
+    json!({"driver": "qcow2", "node-name": names.scratch(), "file": file, "discard": "unmap"})
 }
 
 /// `blockdev-add`: the view of the point in time.
@@ -493,7 +503,7 @@ mod tests {
                 checkpoint: None,
             },
         ];
-        fits::<qmp::transaction>(&point_in_time(&disks));
+        fits::<qmp::transaction>(&point_in_time(&disks, false));
         let lasting = Lasting {
             node: "a",
             pending: "p",
@@ -512,9 +522,11 @@ mod tests {
         fits::<qmp::transaction>(&transaction(actions.to_vec()));
         fits::<qmp::blockdev_add>(&canvas(&names, 1 << 40));
         fits::<qmp::block_export_add>(&canvas_export(&names));
-        fits::<qmp::blockdev_add>(&scratch_file(&names, "/dev/fdset/1"));
+        fits::<qmp::blockdev_add>(&scratch_file(&names, "/dev/fdset/1", false));
+        fits::<qmp::blockdev_add>(&scratch_file(&names, "/dev/fdset/1", true));
         fits::<qmp::blockdev_create>(&format_scratch(&names, 1 << 40));
-        fits::<qmp::blockdev_add>(&scratch(&names));
+        fits::<qmp::blockdev_add>(&scratch(&names, None));
+        fits::<qmp::blockdev_add>(&scratch(&names, Some(1 << 20)));
         fits::<qmp::blockdev_add>(&view(&names));
         fits::<qmp::block_export_add>(&export(&names, "a", true));
         fits::<qmp::block_export_add>(&public_export(&names, "disk0", true));
@@ -556,7 +568,7 @@ mod tests {
             base: Some((&base, 65536)),
             checkpoint: Some(65536),
         };
-        let transaction = point_in_time(&[disk.clone(), disk]);
+        let transaction = point_in_time(&[disk.clone(), disk], true);
         let kinds: Vec<&str> = transaction["actions"]
             .as_array()
             .unwrap()

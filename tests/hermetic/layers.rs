@@ -40,6 +40,7 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
     (
         &[
             "src/plan.rs",
+            "src/saved.rs",
             "src/chain.rs",
             "src/change.rs",
             "src/join.rs",
@@ -94,6 +95,8 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
             "src/receive.rs",
             "src/scratch.rs",
             "src/server.rs",
+            "src/stake.rs",
+            "src/reclaim.rs",
             "src/teardown.rs",
             "src/quiesce.rs",
             "src/guardian",

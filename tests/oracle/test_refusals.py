@@ -72,8 +72,8 @@ class Refusals(support.Test):
         self.rig.qmp.command("nbd-server-stop")
 
     def test_no_room_for_scratch(self):
-        self.begin_refused("scratch_unavailable", scratch_dir=f"{self.places.folder}/nothing")
-        self.begin_refused("scratch_unavailable", scratch_dir="/proc/self")
+        self.begin_refused("scratch_unavailable", scratch={"dir": f"{self.places.folder}/nothing"})
+        self.begin_refused("scratch_unavailable", scratch={"dir": "/proc/self"})
 
     def test_a_checkpoint_of_that_name(self):
         with self.rig.plugin() as plugin:
@@ -124,7 +124,7 @@ class Refusals(support.Test):
         """QEMU refuses what it has forgotten; that is never zeros."""
         with self.rig.plugin() as plugin:
             backup = self.open(plugin)
-            (server,) = os.listdir(self.rig.runtime)
+            (server,) = [each for each in os.listdir(self.rig.runtime) if each.endswith("-nbd")]
             url = f"nbd+unix:///qf-{backup.id}-0-acc?socket={self.rig.runtime}/{server}/nbd.sock"
             subprocess.run(["qemu-io", "-f", "raw", "-c", "discard 16M 1M", url], check=True, stdout=subprocess.DEVNULL)
             error = backup.start("dev-a", self.rig.image("dev-a")).exception(support.SECONDS)

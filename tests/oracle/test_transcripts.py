@@ -20,7 +20,7 @@ from .qmp import Qmp
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "protocol/examples"
 PLUGIN = os.environ.get("QEMU_FLEECE", str(ROOT / "target/debug/qemu-fleece"))
-VOLATILE = {"time_ms", "duration_ms", "scratch_peak", "version", "qemu_version", "message", "our_objects"}
+VOLATILE = {"time_ms", "duration_ms", "scratch_peak", "version", "qemu_version", "message", "our_objects", "free_bytes"}
 IDS = {"backup", "restore", "checkpoint_id", "base_id", "id"}
 DEVICE = "/machine/peripheral/disk0/virtio-backend"
 
@@ -28,8 +28,10 @@ DEVICE = "/machine/peripheral/disk0/virtio-backend"
 class Replay:
     def __init__(self, folder, qmp):
         self.folder, self.qmp, self.ids = folder, qmp, {}
+        scratch = pathlib.Path(folder) / "scratch"
+        scratch.mkdir(exist_ok=True)
         self.plugin = subprocess.Popen(
-            [PLUGIN, "--scratch-dir", folder, "--runtime-dir", folder],
+            [PLUGIN, "--scratch-dir", scratch, "--runtime-dir", folder],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
     def line(self, text):

@@ -97,7 +97,7 @@ def run(plugin, store, options, progress):
                    "strict": options.strict,
                    "disks": [choice(disk, base) for disk, base in bases.items()]}
         if options.scratch_dir:
-            request["scratch_dir"] = os.path.abspath(options.scratch_dir)
+            request["scratch"] = {"dir": os.path.abspath(options.scratch_dir)}
         began = plugin.call("backup.begin", request)
         check_began(began, bases, new.checkpoint)
         entries = read_disks(plugin, new, began, bases, progress)

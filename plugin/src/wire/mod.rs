@@ -3,11 +3,14 @@
 pub(crate) mod checkpoint;
 mod consistency;
 
+use std::path::{Path, PathBuf};
+
 use qemu_fleece_engine::checkpoint::{Checkpoint, FullReason as EngineReason, Id, Name};
 use qemu_fleece_engine::estimate::Estimate;
 use qemu_fleece_engine::image as engine_image;
 use qemu_fleece_engine::plan::{Choice, DiskPlan, Wish};
 use qemu_fleece_engine::qemu::discover::Disk;
+use qemu_fleece_engine::room;
 use qemu_fleece_engine::session::{Committed, Session, SessionDisk};
 use qemu_fleece_engine::{Error, Kind};
 use qemu_fleece_protocol::backup::{
@@ -17,6 +20,7 @@ use qemu_fleece_protocol::backup::{
 use qemu_fleece_protocol::error::StateLeft;
 use qemu_fleece_protocol::record::Begin;
 use qemu_fleece_protocol::restore::Format;
+use qemu_fleece_protocol::scratch::{OnFull, ScratchChoice, ScratchRoom};
 use qemu_fleece_protocol::vm::{DiskInfo, Tracking};
 use qemu_fleece_protocol::{Code, WireError};
 
@@ -54,6 +58,7 @@ fn code(kind: Kind) -> Code {
         Kind::CheckpointUnusable => Code::CheckpointUnusable,
         Kind::BaseUnusable(_) => Code::BaseUnusable,
         Kind::ScratchUnavailable => Code::ScratchUnavailable,
+        Kind::ScratchFull => Code::ScratchFull,
         Kind::PointInTimeLost => Code::PointInTimeLost,
         Kind::OffsetReleased => Code::OffsetReleased,
         Kind::StreamActive => Code::StreamActive,
@@ -172,6 +177,21 @@ pub(crate) fn from_estimate(params: &EstimateParams) -> Result<Wish, WireError> 
     })
 }
 
+/// What the host says of scratch; `dir` is where it lies if it says nothing.
+pub(crate) fn from_scratch(choice: ScratchChoice, dir: &Path) -> room::Wish {
+    room::Wish {
+        is_named: choice.dir.is_some(),
+        dir: choice.dir.map_or_else(|| dir.to_owned(), PathBuf::from),
+        disk_max_bytes: choice.disk_max_bytes,
+        max_bytes: choice.max_bytes,
+        min_free_bytes: choice.min_free_bytes,
+        on_full: match choice.on_full {
+            OnFull::GiveUp => room::OnFull::GiveUp,
+            OnFull::Wait => room::OnFull::Wait,
+        },
+    }
+}
+
 fn to_tracking(disk: &Disk) -> Tracking {
     if disk.persistent_bitmaps {
         Tracking::Persistent
@@ -186,6 +206,11 @@ pub(crate) fn to_began(session: &Session) -> BeginResult {
         backup: session.id.clone(),
         time_ms: session.time_ms,
         consistency: None,
+        scratch: ScratchRoom {
+            free_bytes: session.room.free_bytes,
+            asked_bytes: session.room.asked_bytes,
+            most_bytes: session.room.most_bytes,
+        },
         disks: session.disks().iter().map(to_backup_disk).collect(),
     }
 }

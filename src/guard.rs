@@ -1,0 +1,289 @@
+//! The guard of a session's scratch: it warns, and lets the guest go on when there is no room.
+//!
+//! ```text
+//! QEMU: BLOCK_WRITE_THRESHOLD ----> Notice::High
+//!       BLOCK_IO_ERROR, STOP -----> whose scratch is full?  nobody's: not ours to touch
+//!         give up: the disk's job is cancelled, its room freed, cont -----> Notice::GivenUp
+//!         wait:    until there is room (released by the host, or made), cont -> Notice::Resumed
+//! tick: all scratch together over its limit ----> the largest is given up
+//! ```
+//! An event is an occasion to look: what QEMU says of its devices decides.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use qapi::qmp::cont;
+use serde_json::json;
+use tokio::sync::{broadcast, mpsc};
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::error::{Error, Kind, Result};
+use crate::qemu::query::{self, BlockDevice};
+use crate::qemu::{Event, Qmp, job};
+use crate::room::{OnFull, Room, Wish};
+use crate::view::View;
+
+/// How often scratch is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+
+/// How long giving up a disk may take.
+const GIVE_UP_DEADLINE: Duration = Duration::from_secs(10);
+
+/// The part of a disk's room after which a warning comes: three in four.
+const HIGH: (u64, u64) = (3, 4);
+
+/// Room that has to be free again before a guest that stands still goes on.
+const ENOUGH: u64 = 4 * 1024 * 1024;
+
+/// Notices that wait to be taken.
+pub const NOTICES: usize = 64;
+
+/// What happened to the scratch of a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Notice {
+    /// The disk.
+    pub disk: String,
+    /// What.
+    pub what: What,
+    /// Bytes that it takes.
+    pub scratch_bytes: u64,
+    /// How long the guest stood still, as far as that is over.
+    pub paused: Option<Duration>,
+}
+
+/// What can happen to scratch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// It has come near its limit.
+    High,
+    /// It is full, and the guest stands still.
+    Full,
+    /// The disk's point in time was given up: it can no more be read.
+    GivenUp,
+    /// There is room again, and the guest goes on.
+    Resumed,
+}
+
+/// A guard.
+#[derive(Debug)]
+pub struct Guard {
+    qmp: Qmp,
+    views: Vec<Arc<View>>,
+    wish: Wish,
+    room: Room,
+    events: broadcast::Receiver<Event>,
+    notices: mpsc::Sender<Notice>,
+    /// When the guest was seen to stand still, for want of scratch.
+    stopped: Option<Instant>,
+}
+
+impl Guard {
+    pub(crate) fn new(
+        qmp: Qmp,
+        views: Vec<Arc<View>>,
+        wish: Wish,
+        room: Room,
+        notices: mpsc::Sender<Notice>,
+    ) -> Self {
+        Self {
+            events: qmp.events(),
+            qmp,
+            views,
+            wish,
+            room,
+            notices,
+            stopped: None,
+        }
+    }
+
+    /// Watches until `over`, or until QEMU is gone.
+    pub async fn run(mut self, over: CancellationToken) {
+        self.arm().await;
+        let mut tick = tokio::time::interval(LOOK_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            let looked = tokio::select! {
+                () = over.cancelled() => return,
+                _ = tick.tick() => self.measure().await,
+                event = self.events.recv() => match event {
+                    Ok(event) => self.heed(&event).await,
+                    Err(broadcast::error::RecvError::Lagged(_)) => self.look().await,
+                    Err(broadcast::error::RecvError::Closed) => return,
+                },
+            };
+            if let Err(error) = looked {
+                warn!(error = error.chain(), "could not look after scratch");
+            }
+        }
+    }
+
+    /// Has QEMU say when a disk's scratch comes near what it may take.
+    async fn arm(&self) {
+        let limit = self
+            .wish
+            .cap()
+            .unwrap_or(u64::MAX)
+            .min(self.room.free_bytes);
+        let at = limit / HIGH.1 * HIGH.0;
+        for view in &self.views {
+            let node = view.names().scratch_file();
+            let threshold = json!({"node-name": node, "write-threshold": at});
+            let set = self.qmp.execute_raw("block-set-write-threshold", threshold);
+            if let Err(error) = set.await {
+                warn!(
+                    disk = view.disk(),
+                    error = error.chain(),
+                    "no early warning"
+                );
+            }
+        }
+    }
+
+    async fn heed(&mut self, event: &Event) -> Result<()> {
+        match event.name.as_str() {
+            "BLOCK_WRITE_THRESHOLD" => {
+                let node = &event.data["node-name"];
+                let of = self
+                    .views
+                    .iter()
+                    .find(|view| *node == view.names().scratch_file());
+                if let Some(view) = of.cloned() {
+                    self.tell(&view, What::High, None).await;
+                }
+                Ok(())
+            }
+            "BLOCK_IO_ERROR" | "STOP" => self.look().await,
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether a guest stands still for want of our scratch, and what is done.
+    async fn look(&mut self) -> Result<()> {
+        if query::status(&self.qmp).await?.as_deref() != Some("io-error") {
+            return Ok(());
+        }
+        let devices = query::block_devices(&self.qmp).await?;
+        let is_full = |view: &&Arc<View>| devices.iter().any(|device| is_full(device, view));
+        let full: Vec<Arc<View>> = self.views.iter().filter(is_full).cloned().collect();
+        if full.is_empty() {
+            // Given up already, if it is ours: what is left is to go on.
+            return match self.stopped {
+                Some(_) => self.go_on(&[], What::GivenUp).await,
+                None => Ok(()),
+            };
+        }
+        if self.stopped.is_none() {
+            self.stopped = Some(Instant::now());
+            for view in &full {
+                self.tell(view, What::Full, None).await;
+            }
+        }
+        if self.wish.on_full == OnFull::Wait {
+            return Ok(());
+        }
+        for view in &full {
+            self.give_up(view).await?;
+        }
+        self.go_on(&full, What::GivenUp).await
+    }
+
+    /// Lets a guest that waits go on, once there is room.
+    async fn wait(&mut self) -> Result<()> {
+        let waiting: Vec<Arc<View>> = self.views.clone();
+        if self.has_room(&waiting).await {
+            return self.go_on(&waiting, What::Resumed).await;
+        }
+        Ok(())
+    }
+
+    async fn has_room(&self, full: &[Arc<View>]) -> bool {
+        let dir = self.wish.dir.clone();
+        let free = tokio::task::spawn_blocking(move || rustix::fs::statvfs(&dir));
+        let free = match free.await {
+            Ok(Ok(system)) => system.f_bavail.saturating_mul(system.f_frsize),
+            _ => 0,
+        };
+        let cap = self.wish.cap().unwrap_or(u64::MAX);
+        let enough = ENOUGH.min(cap / 4);
+        for view in full {
+            if view.scratch_bytes().await > cap - enough {
+                return false;
+            }
+        }
+        free >= enough
+    }
+
+    async fn go_on(&mut self, views: &[Arc<View>], what: What) -> Result<()> {
+        self.qmp.execute(&cont {}).await?;
+        let paused = self.stopped.take().map(|since| since.elapsed());
+        for view in views {
+            self.tell(view, what, paused).await;
+        }
+        Ok(())
+    }
+
+    /// All scratch together; and a guest that waits for room.
+    async fn measure(&mut self) -> Result<()> {
+        match (self.stopped, self.wish.on_full) {
+            (Some(_), OnFull::Wait) => self.wait().await?,
+            (Some(_), OnFull::GiveUp) => self.look().await?,
+            (None, _) => {}
+        }
+        let Some(max) = self.wish.max_bytes else {
+            return Ok(());
+        };
+        let mut taken = Vec::new();
+        for view in self.views.iter().filter(|view| !view.is_lost()) {
+            taken.push((view.scratch_bytes().await, Arc::clone(view)));
+        }
+        let sum: u64 = taken.iter().map(|(bytes, _)| bytes).sum();
+        if sum <= max || self.wish.on_full == OnFull::Wait {
+            return Ok(());
+        }
+        if let Some((_, view)) = taken.into_iter().max_by_key(|(bytes, _)| *bytes) {
+            self.give_up(&view).await?;
+            self.tell(&view, What::GivenUp, None).await;
+        }
+        Ok(())
+    }
+
+    /// Ends the point in time of a disk: its guest's writes need no scratch any more.
+    async fn give_up(&self, view: &View) -> Result<()> {
+        info!(
+            disk = view.disk(),
+            "scratch is full: the point in time is given up"
+        );
+        view.lose();
+        let job = view.names().job();
+        let cancelled = job::cancel(&self.qmp, &job, GIVE_UP_DEADLINE).await;
+        cancelled.map_err(|error| {
+            Error::new(Kind::ScratchFull, "giving up a point in time")
+                .because(error)
+                .on_disk(view.disk())
+        })?;
+        view.empty_scratch();
+        Ok(())
+    }
+
+    async fn tell(&self, view: &View, what: What, paused: Option<Duration>) {
+        let notice = Notice {
+            disk: view.disk().to_owned(),
+            what,
+            scratch_bytes: view.scratch_bytes().await,
+            paused,
+        };
+        // A host that takes nothing must not keep the guest waiting.
+        let _full = self.notices.try_send(notice);
+    }
+}
+
+fn is_full(device: &BlockDevice, view: &View) -> bool {
+    let filter = view.names().filter();
+    device.io_status.as_deref() == Some("nospace")
+        && device
+            .inserted
+            .as_ref()
+            .is_some_and(|node| node.node_name == filter)
+}

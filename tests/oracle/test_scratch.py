@@ -1,0 +1,264 @@
+"""Scratch: where it may lie, what it may take, and what becomes of the guest when it is full."""
+
+import os
+import queue
+import subprocess
+import threading
+
+from . import support
+from .guest import MIB, Disk, Guest
+from .support import QEMU_7_2, Backup, Rig
+
+SECONDS = support.SECONDS
+SIZE = 64 * MIB
+CAP = 4 * MIB
+
+
+class Scratch(support.Test):
+    """A guest overwrites a disk whose scratch has little room."""
+
+    limit = 180
+    qemu = "qemu-system-x86_64"
+
+    def boot(self, *drivers):
+        disks = [Disk(SIZE, driver=driver, iothread=False) for driver in drivers]
+        self.rig = Rig(Guest(disks, self.qemu))
+        self.addCleanup(self.rig.close)
+        self.guest = self.rig.machine
+        for number, _ in enumerate(drivers):
+            self.guest.run(f"write disk{number} 0 32M {number}")
+        self.notices = queue.Queue()
+        self.plugin = self.rig.plugin(on_notice=lambda *notice: self.notices.put(notice))
+        self.addCleanup(self.plugin.close)
+
+    def heard(self, event):
+        """The next notification of scratch: it must be this."""
+        while True:
+            method, params = self.notices.get(timeout=SECONDS)
+            if method == "scratch":
+                self.assertEqual(event, params["event"], params)
+                return params
+
+    def overwrite(self, disk="disk0", length="32M", seed=9):
+        """The guest overwrites it all, in a thread: what it answers at last."""
+        answers = queue.Queue()
+
+        def run():
+            try:
+                answers.put(self.guest.run(f"write {disk} 0 {length} {seed}"))
+            except Exception as error:  # whatever it is, the test shall see it
+                answers.put(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        return answers
+
+    def unharmed(self, disk="disk0", length="32M", seed=9):
+        """The guest runs, has what it wrote, and knows of no error."""
+        self.assertEqual("running", self.rig.qmp.command("query-status")["status"])
+        self.guest.run(f"check {disk} 0 {length} {seed}")
+        console = (self.guest.folder / "console").read_text(errors="replace")
+        self.assertNotIn("I/O error", console)
+        self.assertNotIn("I/O Error", console)
+
+    def given_up(self, driver, **params):
+        self.boot(driver, "virtio-blk")
+        base = Backup(self.plugin, self.rig.monitor, checkpoint="monday")
+        base.read_all(self.rig)
+        base.commit()
+        # Before the guest writes: nothing is read meanwhile.
+        self.guest.run("write disk0 0 32M 5")
+        backup = Backup(self.plugin, self.rig.monitor, base="monday", checkpoint="tuesday", **params)
+        written = self.overwrite()
+        self.assertEqual("dev0", self.heard("high")["disk"])
+        full = self.heard("full")
+        self.assertEqual("dev0", full["disk"])
+        gone = self.heard("given_up")
+        self.assertEqual("dev0", gone["disk"])
+        self.assertLess(gone["paused_ms"], 2000)
+        self.assertEqual("", written.get(timeout=SECONDS))
+        self.unharmed()
+        target = {"kind": "file", "path": f"{self.rig.folder}/pushed", "format": "qcow2", "backing": self.backing()}
+        for method, more in (("read", {}), ("map", {}), ("push", {"target": target})):
+            params = {"backup": backup.id, "disk": "dev0", **more}
+            data = self.refused("scratch_full", self.plugin, f"backup.{method}", params)
+            self.assertEqual(("free_space", "backup_open"), (data["action"], data["state_left"]))
+        # The other disk's is not touched, and the checkpoint is not used up.
+        backup.read("dev1", self.rig.image("dev1"))
+        self.rig.oracle()
+        self.assertEqual(["dev1"], backup.commit(disks=["dev1"])["committed"])
+        self.assertEqual([], support.ours(self.rig.qmp))
+        self.assertEqual({"monday"}, set(self.rig.checkpoints(self.plugin)["dev0"]))
+        self.rig.forget()
+        again = Backup(self.plugin, self.rig.monitor, base="monday")
+        again.read_all(self.rig)
+        self.assertEqual("incremental", again.disks["dev0"]["mode"])
+        self.rig.compare(self, again, {"dev0": "disk0", "dev1": "disk1"})
+        again.abort()
+        return gone["paused_ms"]
+
+    def backing(self):
+        support.make_image(self.rig.folder / "below", "raw", SIZE)
+        return {"path": "below", "format": "raw"}
+
+    def test_given_up(self):
+        self.given_up("virtio-blk", scratch={"disk_max_bytes": CAP})
+
+    def test_given_up_on_scsi(self):
+        self.given_up("virtio-scsi", scratch={"disk_max_bytes": CAP})
+
+    def test_a_file_system_is_full(self):
+        for kind in self.systems():
+            with self.subTest(kind), Mounted(kind, 12 * MIB) as folder:
+                self.given_up("virtio-blk", scratch={"dir": folder, "min_free_bytes": 0})
+                self.doCleanups()
+
+    def systems(self):
+        return ("tmpfs", "ext4")
+
+    def test_the_guest_waits_for_room(self):
+        self.boot("virtio-blk")
+        scratch = {"disk_max_bytes": CAP, "on_full": "wait"}
+        backup = Backup(self.plugin, self.rig.monitor, scratch=scratch)
+        written = self.overwrite()
+        self.heard("high")
+        self.heard("full")
+        with self.assertRaises(queue.Empty):
+            written.get(timeout=1)  # It stands still for good.
+        self.assertEqual("io-error", self.rig.qmp.command("query-status")["status"])
+        # What is read is given back, and that is the room it waits for.
+        backup.read_all(self.rig)
+        self.assertGreater(self.heard("resumed")["paused_ms"], 1000)
+        self.assertEqual("", written.get(timeout=SECONDS))
+        self.rig.compare(self, backup, {"dev0": "disk0"})
+        backup.abort()
+        self.unharmed()
+
+    def test_all_disks_together(self):
+        """The largest is given up; the guest does not stand still for it."""
+        self.boot("virtio-blk", "virtio-blk")
+        scratch = {"max_bytes": 24 * MIB, "min_free_bytes": 0}
+        backup = Backup(self.plugin, self.rig.monitor, scratch=scratch)
+        first = self.overwrite("disk1", "8M")
+        self.assertEqual("", first.get(timeout=SECONDS))
+        second = self.overwrite("disk0", "20M")
+        while (notice := self.heard_any())["event"] != "given_up":
+            self.assertEqual("high", notice["event"])
+        self.assertEqual("dev0", notice["disk"])
+        self.assertEqual("", second.get(timeout=SECONDS))
+        self.unharmed("disk0", "20M")
+        backup.read("dev1", self.rig.image("dev1"))
+        backup.abort()
+
+    def heard_any(self):
+        while True:
+            method, params = self.notices.get(timeout=SECONDS)
+            if method == "scratch":
+                return params
+
+    def test_a_device_that_cannot_stop_its_guest(self):
+        """NVMe: all the room is taken beforehand, or there is no backup; never an I/O error."""
+        self.boot("nvme")
+        with Mounted("tmpfs", 32 * MIB) as folder:
+            for scratch in ({"dir": folder, "min_free_bytes": 0}, {"disk_max_bytes": CAP}):
+                params = {"monitor": self.rig.monitor, "scratch": scratch}
+                data = self.refused("scratch_unavailable", self.plugin, "backup.begin", params)
+                self.assertEqual(("dev0", "unchanged"), (data["disk"], data["state_left"]))
+                self.assertEqual([], support.ours(self.rig.qmp))
+        with Mounted("tmpfs", 80 * MIB) as folder:
+            backup = Backup(self.plugin, self.rig.monitor, scratch={"dir": folder})
+            # Somebody takes what is left, and the guest overwrites all of the disk twice.
+            fill(f"{folder}/theirs")
+            self.overwrite(length="64M", seed=3).get(timeout=SECONDS)
+            self.assertEqual("", self.overwrite(length="64M").get(timeout=SECONDS))
+            backup.read_all(self.rig)
+            self.rig.compare(self, backup, {"dev0": "disk0"})
+            backup.abort()
+            self.unharmed(length="64M")
+
+
+class ScratchOn72(Scratch):
+    qemu = QEMU_7_2
+
+    def systems(self):
+        return ("tmpfs",)
+
+
+class Place(support.Test):
+    def setUp(self):
+        self.places = support.Places()
+        self.addCleanup(self.places.close)
+        image = self.places.folder / "images" / "a.img"
+        image.parent.mkdir()
+        support.make_image(image, "qcow2", "8M")
+        self.beside = str(image.parent)
+        self.rig = Rig(support.Vm(support.virtio("a", image, "qcow2")))
+        self.addCleanup(self.rig.close)
+
+    def refuse(self, plugin, code="scratch_unavailable", **scratch):
+        params = {"monitor": self.rig.monitor, "scratch": scratch}
+        data = self.refused(code, plugin, "backup.begin", params)
+        self.assertEqual("unchanged", data["state_left"])
+        self.assertEqual([], support.ours(self.rig.qmp))
+        self.assertEqual([], self.rig.files())
+
+    def test_never_beside_an_image_by_accident(self):
+        with self.rig.plugin(more=["--scratch-dir", self.beside]) as plugin:
+            self.refuse(plugin)
+            Backup(plugin, self.rig.monitor, scratch={"dir": self.beside}).abort()
+
+    def test_never_beside_the_nodes_of_devices(self):
+        with self.rig.plugin() as plugin:
+            self.assertNotEqual(os.stat("/").st_dev, os.stat("/dev").st_dev)
+            self.refuse(plugin, dir="/dev")
+            self.refuse(plugin, dir="/dev/null")
+
+    def test_there_must_be_room(self):
+        with self.rig.plugin() as plugin:
+            self.refuse(plugin, min_free_bytes=1 << 62)
+            self.refuse(plugin, "invalid_params", disk_max_bytes=MIB - 1)
+            self.refuse(plugin, "invalid_params", max_bytes=0)
+            backup = Backup(plugin, self.rig.monitor)
+            room = backup.reply["scratch"]
+            self.assertEqual(room["most_bytes"] // 8, room["asked_bytes"])
+            self.assertGreater(room["most_bytes"], 8 * MIB)
+            self.assertGreater(room["free_bytes"], room["asked_bytes"])
+            backup.abort()
+            small = Backup(plugin, self.rig.monitor, scratch={"max_bytes": MIB})
+            self.assertEqual(MIB, small.reply["scratch"]["most_bytes"])
+            small.abort()
+
+
+class Mounted:
+    """A file system of this kind and size."""
+
+    def __init__(self, kind, size):
+        self._places = support.Places()
+        self._folder = self._places.folder / "mounted"
+        self._folder.mkdir()
+        if kind == "tmpfs":
+            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs"]
+        else:
+            image = self._places.folder / "image"
+            with open(image, "wb") as file:
+                file.truncate(size)
+            # Without a journal, which would take half of it.
+            subprocess.run(["mke2fs", "-q", "-t", kind, "-O", "^has_journal", "-m", "0", image], check=True)
+            command = ["mount", "-o", "loop", str(image)]
+        subprocess.run([*command, str(self._folder)], check=True)
+
+    def __enter__(self):
+        return str(self._folder)
+
+    def __exit__(self, *_):
+        subprocess.run(["umount", "-l", str(self._folder)], check=True)
+        self._places.close()
+
+
+def fill(path):
+    """A file that takes all the room that is left."""
+    with open(path, "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(MIB))
+        except OSError:
+            pass
