@@ -31,6 +31,16 @@ pub enum Kind {
     QemuRefused,
     /// This QEMU lacks something that is needed, or using it would hurt the VM.
     QemuUnsupported,
+    /// The guest agent cannot be connected to, or does not answer: it is not there, hangs, or
+    /// another client has it.
+    AgentUnreachable,
+    /// The guest agent answered with an error, or holds file systems frozen already.
+    AgentRefused,
+    /// The guest was not still up to the instant: the point in time is consistent as after a
+    /// crash, no better.
+    ConsistencyLost,
+    /// Nobody has confirmed that the guest was let go: it may be frozen or paused still.
+    GuestHeld,
     /// Another user's NBD server runs in this QEMU, which has only one.
     NbdServerBusy,
     /// The NBD server cannot be connected to, or does not know the export.

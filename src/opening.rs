@@ -22,6 +22,7 @@ use crate::plan::{self, DiskPlan, Wish};
 use crate::qemu::query::{self, Version};
 use crate::qemu::step::{self, Instant, Names};
 use crate::qemu::{Qmp, Schema, discover, note};
+use crate::quiesce::Consistency;
 use crate::reclaim::{self, State};
 use crate::room::{self, Room};
 use crate::saved::Saved;
@@ -51,6 +52,8 @@ pub struct Member {
     pub runtime_dir: PathBuf,
     /// Where scratch lies, and how much it may take.
     pub scratch: room::Wish,
+    /// Whether its guest is held still for the instant.
+    pub consistency: Consistency,
 }
 
 /// A point in time on its way. It is to be finished or given up; its `Drop` only logs.

@@ -53,8 +53,12 @@ fn begin_all(
     members: Vec<BeginParams>,
     together: Together,
 ) -> Started {
-    let wishes = members.iter().map(wire::from_begin);
-    let wishes = wishes.collect::<Result<Vec<_>, _>>()?;
+    let wishes = members.iter().map(|params| {
+        let consistency = wire::from_consistency(params.consistency.as_ref())?;
+        Ok((wire::from_begin(params)?, consistency))
+    });
+    let wishes = wishes.collect::<Result<Vec<_>, WireError>>()?;
+    let guardian = server.config.guardian.clone();
     let (scratch_dir, runtime_dir) = (
         server.config.scratch_dir.clone(),
         server.config.runtime_dir.clone(),
@@ -63,7 +67,7 @@ fn begin_all(
     Ok(spawn(server, id, async move {
         let began = async {
             let (mut all, mut used) = (Vec::new(), Vec::new());
-            for (params, wish) in members.into_iter().zip(wishes) {
+            for (params, (wish, consistency)) in members.into_iter().zip(wishes) {
                 let monitor = monitors.get(&params.monitor).await?;
                 all.push(Member {
                     qmp: monitor.qmp.clone(),
@@ -71,10 +75,11 @@ fn begin_all(
                     wish,
                     runtime_dir: runtime_dir.clone(),
                     scratch: wire::from_scratch(params.scratch.unwrap_or_default(), &scratch_dir),
+                    consistency,
                 });
                 used.push(monitor);
             }
-            Ok((engine::begin(all, &cancel).await?, used))
+            Ok((engine::begin(all, &guardian, &cancel).await?, used))
         };
         match began.await {
             Ok((begun, used)) => Outcome::Began(begun, used, together),
@@ -91,8 +96,12 @@ pub(crate) fn began(
     together: Together,
 ) -> Result<Box<RawValue>, WireError> {
     let mut backups = Vec::new();
-    for (session, monitor) in begun.sessions.into_iter().zip(monitors) {
-        backups.push(wire::to_began(&session));
+    let sessions = begun.sessions.into_iter().zip(begun.released);
+    for ((session, released), monitor) in sessions.zip(monitors) {
+        backups.push(BeginResult {
+            consistency: wire::to_reached(&released),
+            ..wire::to_began(&session)
+        });
         take_in(server, session, monitor);
     }
     match together {

@@ -1,9 +1,11 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use qemu_fleece_engine::guardian::Program;
 
 use crate::inherited::Inherited;
 use crate::serve::Config;
@@ -62,9 +64,19 @@ enum LogFormat {
     Json,
 }
 
-/// What it prints instead of serving a host.
+/// What it does instead of serving a host.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    #[command(flatten)]
+    Print(Print),
+    /// Let a guest go that is held for a backup; started by qemu-fleece itself
+    #[command(hide = true)]
+    Guardian,
+}
+
+/// What it prints.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Print {
     /// Print the JSON Schema of all messages
     Schema,
     /// Print completions for a shell
@@ -90,6 +102,23 @@ impl Cli {
         }
     }
 
+    /// How this very program is started as a guardian.
+    fn guardian(&self) -> Program {
+        let name = std::env::args_os().next();
+        let format = match self.log_format {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        };
+        Program {
+            // Not its name: the file may have been replaced meanwhile.
+            path: PathBuf::from("/proc/self/exe"),
+            name: name.unwrap_or_else(|| "qemu-fleece".into()),
+            arguments: ["--log", &self.log, "--log-format", format, "guardian"]
+                .map(OsString::from)
+                .to_vec(),
+        }
+    }
+
     /// What the server needs to know.
     pub(crate) fn config(&self, inherited: Inherited) -> anyhow::Result<Config> {
         let runtime_dir = self
@@ -105,6 +134,7 @@ impl Cli {
             scratch_dir: self.scratch_dir.clone(),
             runtime_dir,
             storage_daemon: self.storage_daemon.clone(),
+            guardian: self.guardian(),
             inherited,
         })
     }

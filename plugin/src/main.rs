@@ -6,6 +6,7 @@ mod checkpoints;
 mod cli;
 mod events;
 mod exports;
+mod guardian;
 mod inherited;
 mod input;
 mod marks;
@@ -25,7 +26,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{CommandFactory, Parser};
 
-use crate::cli::{Cli, Command};
+use crate::cli::{Cli, Command, Print};
 use crate::inherited::Inherited;
 use crate::serve::Ending;
 
@@ -48,8 +49,9 @@ fn main() -> ExitCode {
 }
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
-    match cli.command {
-        Some(command) => print(&command).map(|()| ExitCode::SUCCESS),
+    match &cli.command {
+        Some(Command::Print(what)) => print(what).map(|()| ExitCode::SUCCESS),
+        Some(Command::Guardian) => guard(&cli).map(|()| ExitCode::SUCCESS),
         None if std::io::stdin().is_terminal() => {
             let _unwritable = writeln!(
                 std::io::stderr(),
@@ -63,17 +65,17 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn print(command: &Command) -> anyhow::Result<()> {
+fn print(what: &Print) -> anyhow::Result<()> {
     let mut bytes = Vec::new();
-    match command {
-        Command::Schema => {
+    match what {
+        Print::Schema => {
             serde_json::to_writer_pretty(&mut bytes, &qemu_fleece_protocol::schema::schema())?;
             bytes.push(b'\n');
         }
-        Command::Completions { shell } => {
+        Print::Completions { shell } => {
             clap_complete::generate(*shell, &mut Cli::command(), "qemu-fleece", &mut bytes);
         }
-        Command::Man => clap_mangen::Man::new(Cli::command()).render(&mut bytes)?,
+        Print::Man => clap_mangen::Man::new(Cli::command()).render(&mut bytes)?,
     }
     std::io::stdout()
         .write_all(&bytes)
@@ -96,6 +98,12 @@ fn serve(cli: &Cli) -> anyhow::Result<ExitCode> {
         Ending::Shutdown => ExitCode::SUCCESS,
         Ending::Gone | Ending::Told => ExitCode::from(EXIT_GONE),
     })
+}
+
+fn guard(cli: &Cli) -> anyhow::Result<()> {
+    let (stdin, stdout) = take_stdio()?;
+    cli.start_log();
+    guardian::run(stdin, stdout)
 }
 
 /// Takes standard input and output for the protocol alone: what any library

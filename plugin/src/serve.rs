@@ -15,6 +15,7 @@ use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use qemu_fleece_engine::guardian::Program;
 use qemu_fleece_protocol::backup::AbortResult;
 use qemu_fleece_protocol::envelope::{Request, error_line, result_line};
 use qemu_fleece_protocol::hello::{Carrier, ShutdownResult};
@@ -53,6 +54,7 @@ pub(crate) struct Config {
     /// Where private directories for sockets are made.
     pub(crate) runtime_dir: PathBuf,
     pub(crate) storage_daemon: PathBuf,
+    pub(crate) guardian: Program,
     pub(crate) inherited: Inherited,
 }
 

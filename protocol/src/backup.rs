@@ -4,6 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::default_chain;
+use crate::consistency::{Consistency, Reached};
 use crate::scratch::{ScratchChoice, ScratchRoom};
 use crate::vm::Tracking;
 
@@ -48,6 +49,9 @@ pub struct BeginParams {
     /// least so many milliseconds from the last ack or other sign of life. 0: not at all.
     #[serde(default)]
     pub keep_ms: u64,
+    /// Whether the guest is held still for the instant; absent: `crash`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consistency: Option<Consistency>,
 }
 
 /// A disk of a backup.
@@ -126,6 +130,9 @@ pub struct BeginResult {
     pub backup: String,
     /// The point in time: milliseconds since 1970 UTC, by the plugin's clock.
     pub time_ms: u64,
+    /// What it is consistent with; absent: `crash`, and nothing else was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub consistency: Option<Reached>,
     /// The room for scratch.
     pub scratch: ScratchRoom,
     /// The disks, in the order that was asked for.

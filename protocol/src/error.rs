@@ -119,6 +119,15 @@ codes! {
     QemuRefused = "qemu_refused", -32000, AskOperator;
     /// This QEMU, or a disk's configuration in it, cannot do this without harm.
     QemuUnsupported = "qemu_unsupported", -32000, AskOperator;
+    /// The guest agent cannot be connected to, or does not answer: it does not run, hangs, or
+    /// talks to another program.
+    AgentUnreachable = "agent_unreachable", -32000, Retry;
+    /// The guest agent answered with an error, or file systems are frozen already.
+    AgentRefused = "agent_refused", -32000, AskOperator;
+    /// The guest was not still up to the instant: the deadline passed, or somebody let it go.
+    ConsistencyLost = "consistency_lost", -32000, Retry;
+    /// Nobody has confirmed that the guest was let go: it may be frozen or paused still.
+    GuestHeld = "guest_held", -32000, AskOperator;
     /// QEMU's one NBD server is in use by somebody else.
     NbdServerBusy = "nbd_server_busy", -32000, Retry;
     /// The NBD server cannot be connected to.

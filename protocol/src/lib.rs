@@ -2,6 +2,7 @@
 
 pub mod backup;
 pub mod checkpoint;
+pub mod consistency;
 pub mod envelope;
 pub mod error;
 pub mod event;

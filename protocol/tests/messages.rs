@@ -8,8 +8,8 @@ use std::fmt::Debug;
 
 use qemu_fleece_protocol::envelope::{Id, Request, error_line, notification_line, result_line};
 use qemu_fleece_protocol::{
-    Action, Code, WireError, backup, checkpoint, error, event, export, hello, orphan, push,
-    restore, schema, scratch, vm,
+    Action, Code, WireError, backup, checkpoint, consistency, error, event, export, hello, orphan,
+    push, restore, schema, scratch, vm,
 };
 use schemars::JsonSchema;
 use serde::Serialize;
@@ -95,6 +95,12 @@ fn all_params() -> Vec<String> {
             json!({"monitor": "/m", "strict": true, "chain": "c", "base": "a", "checkpoint": "b", "scratch": {"dir": "/s", "disk_max_bytes": 1, "max_bytes": 2, "min_free_bytes": 3, "on_full": "wait"},
                 "keep_unchanged": true, "keep_ms": 5,
                 "disks": [{"disk": "d"}, {"disk": "e", "base": null}, {"disk": "f", "base": "c", "base_id": "i"}]}),
+        ]),
+        params::<consistency::Consistency>(&[
+            json!({"kind": "crash"}),
+            json!({"kind": "pause"}),
+            json!({"kind": "agent", "socket": "/s", "policy": "require"}),
+            json!({"kind": "agent", "socket": "tcp:h:1", "policy": "try", "deadline_ms": 100}),
         ]),
         params::<backup::BeginGroupParams>(&[json!({"members": [
             {"monitor": "/m", "chain": "default", "strict": false, "keep_unchanged": false, "keep_ms": 0},
@@ -242,6 +248,12 @@ fn all_others() -> Vec<String> {
         result::<backup::DiskEstimate>(&[estimate]),
         result::<backup::BeginResult>(&[
             json!({"backup": "b", "time_ms": 1, "scratch": room, "disks": [full, incremental]}),
+            json!({"backup": "b", "time_ms": 1, "scratch": room, "disks": [], "consistency": {"kind": "agent", "frozen_ms": 5,
+                "filesystems": 2}}),
+        ]),
+        result::<consistency::Reached>(&[
+            json!({"kind": "crash", "reason": "agent_refused", "message": "why"}),
+            json!({"kind": "pause", "paused_ms": 5}),
         ]),
         result::<scratch::ScratchRoom>(std::slice::from_ref(&room)),
         result::<scratch::OnFull>(&[json!("wait")]),
@@ -339,6 +351,8 @@ fn all_words(defs: &Value) -> Vec<String> {
         words::<backup::Release>(defs),
         words::<checkpoint::ChangedWord>(defs),
         words::<checkpoint::Health>(defs),
+        words::<consistency::ConsistencyKind>(defs),
+        words::<consistency::Policy>(defs),
         words::<event::VmEvent>(defs),
         words::<export::ExtentKind>(defs),
         words::<export::Readable>(defs),

@@ -1,15 +1,17 @@
-//! Where a monitor is.
+//! Where a monitor, or a guest agent, is.
 
 use std::fmt;
 use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
 
 /// Longest path of a unix socket on Linux (unix(7)).
 const MAX_PATH_BYTES: usize = 107;
 
-/// The address of a QMP monitor.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+/// The address of a socket of QEMU's: a monitor, or a guest agent.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Address {
     /// A unix socket.
     Unix(PathBuf),
@@ -26,7 +28,7 @@ impl Address {
         let invalid = || {
             Error::new(
                 Kind::InvalidRequest,
-                format!("reading the monitor's address {text:?}"),
+                format!("reading the address {text:?}"),
             )
             .because(format!(
                 "it is unix:/path, an absolute path, or tcp:host:port; a path has at most {MAX_PATH_BYTES} bytes"

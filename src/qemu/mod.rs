@@ -3,11 +3,13 @@
 //! ```text
 //! discover, job, note, schema, step, query --> qmp (handles) --> actor (one task owns
 //! the socket) --> {line, outgoing} --> QEMU
+//! guest_agent --> line
 //! ```
 
 mod actor;
 pub mod address;
 pub mod discover;
+pub mod guest_agent;
 mod iothread;
 pub mod job;
 pub mod layer;
@@ -20,5 +22,6 @@ pub mod schema;
 pub mod step;
 
 pub use address::Address;
+pub use guest_agent::GuestAgent;
 pub use qmp::{Event, Qmp, Refusal};
 pub use schema::Schema;

@@ -80,6 +80,7 @@ pub struct Qmp {
     /// Weak: receivers see the end of the connection while handles live.
     events: broadcast::WeakSender<Event>,
     passes_fds: bool,
+    address: Option<Arc<Address>>,
     turns: Arc<Mutex<()>>,
     /// This handle has the turn already.
     has_turn: bool,
@@ -105,7 +106,7 @@ impl Qmp {
                 _ => Error::new(Kind::MonitorUnreachable, doing).because(why),
             }
         };
-        match address {
+        let mut qmp = match address {
             Address::Unix(path) => {
                 let stream = tokio::time::timeout(deadline, UnixStream::connect(path))
                     .await
@@ -115,7 +116,7 @@ impl Qmp {
                 let sender = stream.as_fd().try_clone_to_owned().map_err(unreachable)?;
                 let sender = UnixStream::from_std(sender.into()).map_err(unreachable)?;
                 let qmp = Self::start(stream, Some(sender), deadline).await?;
-                qmp.probe_fds().await
+                qmp.probe_fds().await?
             }
             Address::Tcp(address) => {
                 let stream = tokio::time::timeout(deadline, TcpStream::connect(address))
@@ -124,9 +125,11 @@ impl Qmp {
                     .map_err(unreachable)?;
                 // Each command waits for its answer: delaying it gains nothing.
                 stream.set_nodelay(true).map_err(unreachable)?;
-                Self::start(stream, None, deadline).await
+                Self::start(stream, None, deadline).await?
             }
-        }
+        };
+        qmp.address = Some(Arc::new(address.clone()));
+        Ok(qmp)
     }
 
     /// Speaks over any stream: a program's standard input and output, or a test.
@@ -159,6 +162,7 @@ impl Qmp {
             commands,
             events: events.downgrade(),
             passes_fds: false,
+            address: None,
             turns: Arc::default(),
             has_turn: false,
             _alive: Arc::new(end.clone().drop_guard()),
@@ -193,6 +197,12 @@ impl Qmp {
     #[must_use]
     pub fn can_pass_fds(&self) -> bool {
         self.passes_fds
+    }
+
+    /// Where the monitor is; `None`: at the end of a stream.
+    #[must_use]
+    pub fn address(&self) -> Option<&Address> {
+        self.address.as_deref()
     }
 
     /// Waits for the turn to change QEMU's nodes, and takes it.

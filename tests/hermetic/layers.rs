@@ -98,6 +98,8 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
             "src/stake.rs",
             "src/reclaim.rs",
             "src/teardown.rs",
+            "src/quiesce.rs",
+            "src/guardian",
         ],
         &["crate::session::Session"],
         "parts of a session do not know it",
@@ -106,6 +108,16 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
         &["src/relay.rs", "src/flow.rs", "src/image.rs"],
         &["crate::qemu", "crate::nbd", "crate::view"],
         "these know neither QEMU nor NBD",
+    ),
+    (
+        &["src/guardian"],
+        &[
+            "crate::nbd",
+            "crate::view",
+            "crate::server",
+            "crate::teardown",
+        ],
+        "the guardian's process lets go of a guest, and no more",
     ),
     (
         &["plugin/src/marks.rs", "plugin/src/input.rs"],

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod guest_agent;
 mod layers;
 mod nbd_foreign;
 mod nbd_lies;

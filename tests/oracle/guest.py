@@ -16,6 +16,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 RIG = pathlib.Path(os.environ.get("QEMU_FLEECE_RIG", ROOT / "target/rig"))
 MIB = 1 << 20
+AGENT_PORT = "org.qemu.guest_agent.0"
 
 
 @dataclasses.dataclass
@@ -37,12 +38,14 @@ class GuestError(Exception):
 class Guest:
     """A running guest. `qmp` are the paths of three monitors, `images` those of the disks.
 
+    `agent` is the socket of QEMU's guest agent, which runs in it from `start_agent` on.
     Leaving the `with` block kills QEMU and removes the folder with all files.
     """
 
     def __init__(self, disks, qemu="qemu-system-x86_64", memory=256, cpus=2, arguments=()):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="fleece-guest-"))
         self.qmp = [str(self.folder / f"qmp{n}") for n in range(3)]
+        self.agent = str(self.folder / "agent")
         self.images = [
             disk.image or str(self.folder / f"disk{n}.{disk.format}") for n, disk in enumerate(disks)
         ]
@@ -69,6 +72,9 @@ class Guest:
         command += ["-serial", "chardev:control"]
         for path in self.qmp:
             command += ["-qmp", f"unix:{path},server=on,wait=off"]
+        command += ["-chardev", f"socket,id=agent,path={self.agent},server=on,wait=off"]
+        command += ["-device", "virtio-serial-pci"]
+        command += ["-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"]
         for number, disk in enumerate(disks):
             command += self._disk(number, disk)
         command += arguments
@@ -120,6 +126,13 @@ class Guest:
         with self._lock:
             self._control.sendall(command.encode() + b"\n")
             return self._answer(command)
+
+    def start_agent(self, *options):
+        """Starts QEMU's guest agent: its process id. It answers a moment later."""
+        name = "/sys/class/virtio-ports/*/name"
+        self.run(f"sh mkdir -p /run && qemu-ga -d -t /run -f /run/qemu-ga.pid {' '.join(options)}"
+                 f" -p /dev/$(basename $(dirname $(grep -lx {AGENT_PORT} {name})))")
+        return int(self.run("sh cat /run/qemu-ga.pid"))
 
     def stat(self, command):
         """The numbers that `stat NAME` or `stop NAME` answers."""

@@ -110,10 +110,11 @@ def ours(qmp):
 class Rig(Places):
     """A machine behind the oracle's proxy: its `monitor` is for the plugin, `qmp` for the test.
 
-    `machine` has three monitors in `qmp` and can be closed: Guest, Vm or Daemon.
+    `machine` has three monitors in `qmp` and can be closed: Guest, Vm or Daemon. `proxy` is
+    what stands between.
     """
 
-    def __init__(self, machine, images=None):
+    def __init__(self, machine, images=None, proxy=Proxy):
         super().__init__()
         self.machine = machine
         self.images = images or self.folder
@@ -121,7 +122,7 @@ class Rig(Places):
         self.copies = self.folder / "oracle"
         self.proxy = self.qmp = None
         try:
-            self.proxy = Proxy(str(self.folder / "qmp"), *machine.qmp[:2], self.copies)
+            self.proxy = proxy(str(self.folder / "qmp"), *machine.qmp[:2], self.copies)
             self.qmp = Qmp(machine.qmp[2])
         except BaseException:
             self.close()

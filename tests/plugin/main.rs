@@ -11,6 +11,7 @@ mod bad_lines;
 mod cancel;
 mod codes;
 mod ends;
+mod guardian;
 mod monitors;
 mod restore;
 mod support;

@@ -1,6 +1,7 @@
 //! Between the wire's words and the engine's: the only place that knows both.
 
 pub(crate) mod checkpoint;
+mod consistency;
 
 use std::path::{Path, PathBuf};
 
@@ -23,6 +24,8 @@ use qemu_fleece_protocol::scratch::{OnFull, ScratchChoice, ScratchRoom};
 use qemu_fleece_protocol::vm::{DiskInfo, Tracking};
 use qemu_fleece_protocol::{Code, WireError};
 
+pub(crate) use consistency::{from_consistency, to_reached};
+
 /// The code of each kind.
 fn code(kind: Kind) -> Code {
     match kind {
@@ -34,6 +37,10 @@ fn code(kind: Kind) -> Code {
         Kind::QemuTimeout => Code::QemuTimeout,
         Kind::QemuRefused => Code::QemuRefused,
         Kind::QemuUnsupported => Code::QemuUnsupported,
+        Kind::AgentUnreachable => Code::AgentUnreachable,
+        Kind::AgentRefused => Code::AgentRefused,
+        Kind::ConsistencyLost => Code::ConsistencyLost,
+        Kind::GuestHeld => Code::GuestHeld,
         Kind::NbdServerBusy => Code::NbdServerBusy,
         Kind::NbdUnreachable => Code::NbdUnreachable,
         Kind::NbdProtocol => Code::NbdProtocol,
@@ -193,10 +200,12 @@ fn to_tracking(disk: &Disk) -> Tracking {
     }
 }
 
+/// What has begun, but for what it is consistent with.
 pub(crate) fn to_began(session: &Session) -> BeginResult {
     BeginResult {
         backup: session.id.clone(),
         time_ms: session.time_ms,
+        consistency: None,
         scratch: ScratchRoom {
             free_bytes: session.room.free_bytes,
             asked_bytes: session.room.asked_bytes,

@@ -1,0 +1,501 @@
+"""Guests that are held still for the instant: the real agent, a real guest, and who is killed between."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import time
+
+from . import support
+from .agent import Agent, Gate
+from .guest import Disk, Guest
+from .machines import Vm, make_image, virtio
+from .support import PLUGIN, QEMU, QEMU_7_2, Backup, Rig, Wire, ours
+
+SECONDS = support.SECONDS
+DEADLINE = 1000  # ms; where a test waits for it
+
+
+def wait_for(what, condition):
+    """Looks until it is so."""
+    end = time.monotonic() + SECONDS
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not {what} after {SECONDS} s")
+        time.sleep(0.01)
+
+
+def guardian_of(pid, missing=False):
+    """The process id of the plugin's guardian, its only child; None: it may be missing, and is."""
+    children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    if missing and not children:
+        return None
+    (child,) = children
+    words = pathlib.Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+    if b"guardian" not in words:
+        raise AssertionError(words)
+    return int(child)
+
+
+class Frozen(support.Test):
+    """One guest with two ext4, for all tests; between the plugin and its monitor stands a gate."""
+
+    qemu = QEMU
+    probes = 0
+
+    @classmethod
+    def setUpClass(cls):
+        cls.rig = Rig(Guest([Disk(iothread=cls.qemu == QEMU), Disk(format="raw")], qemu=cls.qemu), proxy=Gate)
+        cls.addClassCleanup(cls.rig.close)
+        cls.guest, cls.gate = cls.rig.machine, cls.rig.proxy
+        for number in (0, 1):
+            cls.guest.run(f"mkfs disk{number}")
+            cls.guest.run(f"mount disk{number} /mnt/{number}")
+        cls.agent = cls.guest.start_agent()
+
+    def setUp(self):
+        self.wire = None
+        self.addCleanup(self.is_over)
+
+    def is_over(self):
+        """Nothing is frozen, and nothing is left."""
+        if self.gate.is_shut:
+            self.gate.drop()
+        if self.wire:
+            self.wire.close()
+        self.wait_thawed(self.probe())
+        with Agent(self.guest.agent) as agent:
+            self.assertEqual("thawed", agent.call("guest-fsfreeze-status"))
+        with self.rig.plugin() as plugin:
+            # What a killed plugin has left.
+            plugin.call("reclaim", {"monitor": self.rig.monitor}, SECONDS)
+        self.assertEqual([], ours(self.rig.qmp))
+
+    def start(self):
+        """A plugin in a process group of its own, as a host's service has one."""
+        self.wire = Wire(["setsid", *self.rig.command("--log", "error")])
+        return self.wire
+
+    def consistency(self, policy="require", deadline=None):
+        params = {"kind": "agent", "socket": self.guest.agent, "policy": policy}
+        return {**params, "deadline_ms": deadline} if deadline else params
+
+    def begin(self, consistency):
+        """Sends backup.begin: its id."""
+        return self.wire.send("backup.begin", {"monitor": self.rig.monitor, "consistency": consistency})
+
+    def reach(self, consistency):
+        """A plugin whose guest is held, before the instant: the id of its backup.begin."""
+        self.start()
+        self.gate.shut()
+        id = self.begin(consistency)
+        self.assertTrue(self.gate.reached.wait(SECONDS))
+        return id
+
+    def probe(self):
+        """Has the guest write to each file system, in the background: the probe's number."""
+        Frozen.probes += 1
+        number = Frozen.probes
+        writes = " && ".join(f"echo x >/mnt/{n}/probe && sync" for n in (0, 1))
+        self.guest.run(f"sh ({writes} && touch /tmp/{number}) >/dev/null 2>&1 &")
+        return number
+
+    def is_through(self, number):
+        return self.guest.run(f"sh ls /tmp/{number} 2>/dev/null || true") != ""
+
+    def wait_thawed(self, number):
+        wait_for("thawed", lambda: self.is_through(number))
+
+    def fails(self, code, id):
+        """The error of a request."""
+        error = self.wire.reply(id).get("error")
+        self.assertIsNotNone(error)
+        self.assertEqual(code, error["data"]["code"], error)
+        self.assertEqual("unchanged", error["data"]["state_left"])
+        self.assertEqual([], ours(self.rig.qmp))
+        return error
+
+    def abort(self, id):
+        """The reply of a backup.begin, which is ended."""
+        result = self.wire.reply(id)["result"]
+        self.wire.call("backup.abort", {"backup": result["backup"]})
+        return result["consistency"]
+
+
+class Agents(Frozen):
+    def test_frozen_for_less_than_200_ms(self):
+        self.start()
+        times = [1000]
+        # The machine's other work gets in between, but not each time.
+        while min(times) >= 200:
+            self.assertLess(len(times), 30, times)
+            found = self.abort(self.begin(self.consistency()))
+            self.assertEqual(("agent", 2), (found["kind"], found["filesystems"]))
+            times.append(found["frozen_ms"])
+
+    def test_writes_wait_for_the_instant_and_no_longer(self):
+        id = self.reach(self.consistency())
+        probe = self.probe()
+        self.assertFalse(self.is_through(probe))
+        self.gate.open()
+        self.assertEqual("agent", self.abort(id)["kind"])
+        self.wait_thawed(probe)
+
+    def test_the_plugin_is_killed(self):
+        self.reach(self.consistency(deadline=60000))
+        guardian = guardian_of(self.wire.process.pid)
+        probe = self.probe()
+        self.assertFalse(self.is_through(probe))
+        # The whole group: the guardian is not of it.
+        os.killpg(self.wire.process.pid, signal.SIGKILL)
+        self.wire.wait()
+        self.gate.drop()
+        self.wait_thawed(probe)
+        # It has nothing more to do. Whoever adopts it may let it lie.
+        wait_for("ended", lambda: has_ended(guardian))
+
+    def test_the_guardian_is_told_to_end(self):
+        id = self.reach(self.consistency(deadline=60000))
+        probe = self.probe()
+        os.kill(guardian_of(self.wire.process.pid), signal.SIGTERM)
+        self.wait_thawed(probe)
+        self.gate.open()
+        self.fails("consistency_lost", id)
+
+    def test_the_guardian_is_killed(self):
+        id = self.reach(self.consistency(deadline=60000))
+        os.kill(guardian_of(self.wire.process.pid), signal.SIGKILL)
+        probe = self.probe()
+        self.assertFalse(self.is_through(probe))
+        self.gate.open()
+        self.fails("consistency_lost", id)
+        self.wait_thawed(probe)
+
+    def test_the_deadline_passes(self):
+        began = time.monotonic()
+        id = self.reach(self.consistency(deadline=DEADLINE))
+        # The plugin waits for QEMU; the guest does not.
+        self.wait_thawed(self.probe())
+        self.assertGreater(time.monotonic() - began, DEADLINE / 1000)
+        self.gate.open()
+        self.fails("consistency_lost", id)
+        # The same, where the host takes what there is.
+        self.gate.shut()
+        id = self.begin(self.consistency("try", DEADLINE))
+        self.gate.reached.wait(SECONDS)
+        self.wait_thawed(self.probe())
+        self.gate.open()
+        found = self.abort(id)
+        self.assertEqual(("crash", "consistency_lost"), (found["kind"], found["reason"]))
+        self.assertGreaterEqual(found["frozen_ms"], DEADLINE)
+
+    def test_cancelled(self):
+        id = self.reach(self.consistency(deadline=60000))
+        probe = self.probe()
+        self.assertEqual({"found": True}, self.wire.call("cancel", {"id": id}))
+        self.gate.open()
+        self.wait_thawed(probe)
+        self.fails("cancelled", id)
+
+    def test_somebody_thaws_one_file_system(self):
+        id = self.reach(self.consistency())
+        self.guest.run("sh fsfreeze --unfreeze /mnt/1")
+        self.gate.open()
+        self.assertIn("2 file systems were frozen, and 1 ", self.fails("consistency_lost", id)["message"])
+
+    def test_frozen_already(self):
+        self.start()
+        with Agent(self.guest.agent) as agent:
+            self.assertEqual(2, agent.call("guest-fsfreeze-freeze"))
+        try:
+            self.fails("agent_refused", self.begin(self.consistency()))
+            found = self.abort(self.begin(self.consistency("try")))
+            self.assertEqual(("crash", "agent_refused"), (found["kind"], found["reason"]))
+        finally:
+            with Agent(self.guest.agent) as agent:
+                # Nobody else has thawed them.
+                self.assertEqual(2, agent.call("guest-fsfreeze-thaw"))
+
+    def test_another_client_has_it(self):
+        self.start()
+        with Agent(self.guest.agent):
+            self.fails("agent_unreachable", self.begin(self.consistency(deadline=DEADLINE)))
+        self.assertEqual("agent", self.abort(self.begin(self.consistency()))["kind"])
+
+    def test_it_hangs(self):
+        self.start()
+        self.guest.run(f"sh kill -STOP {self.agent}")
+        try:
+            self.fails("agent_unreachable", self.begin(self.consistency(deadline=DEADLINE)))
+            found = self.abort(self.begin(self.consistency("try", DEADLINE)))
+            self.assertEqual(("crash", "agent_unreachable"), (found["kind"], found["reason"]))
+            self.assertNotIn("frozen_ms", found)
+            id = self.begin(self.consistency(deadline=60000))
+            wait_for("started", lambda: guardian_of(self.wire.process.pid, missing=True))
+            self.wire.call("cancel", {"id": id})
+            self.fails("cancelled", id)
+        finally:
+            self.guest.run(f"sh kill -CONT {self.agent}")
+
+    def test_it_hangs_when_it_is_to_thaw(self):
+        id = self.reach(self.consistency(deadline=DEADLINE))
+        guardian = guardian_of(self.wire.process.pid)
+        self.guest.run(f"sh kill -STOP {self.agent}")
+        try:
+            probe = self.probe()
+            self.gate.open()
+            # It is told, and what is told is so.
+            self.assertEqual("ask_operator", self.fails("guest_held", id)["data"]["action"])
+            self.assertFalse(self.is_through(probe))
+        finally:
+            self.guest.run(f"sh kill -CONT {self.agent}")
+        # The guardian went on.
+        self.wait_thawed(probe)
+        wait_for("ended", lambda: has_ended(guardian))
+
+    def test_what_is_no_consistency(self):
+        self.start()
+        for odd in (
+            {"kind": "agent"},
+            {"kind": "agent", "socket": "agent"},
+            {"kind": "agent", "socket": "/a", "policy": "off"},
+            {"kind": "agent", "socket": "/a", "deadline_ms": 99},
+            {"kind": "agent", "socket": "/a", "deadline_ms": 60001},
+            {"kind": "pause", "socket": "/a"},
+            {"kind": "application"},
+        ):
+            self.fails("invalid_params", self.begin(odd))
+        # The guest is not asked for what it can be asked for before.
+        self.assertIsNone(self.abort_plain())
+
+    def abort_plain(self):
+        result = self.wire.call("backup.begin", {"monitor": self.rig.monitor})
+        self.wire.call("backup.abort", {"backup": result["backup"]})
+        return result.get("consistency")
+
+
+class AgentsOfQemu7(Frozen):
+    """One of the older QEMU, whose chardevs and monitors behave in their own way."""
+
+    qemu = QEMU_7_2
+
+    def test_frozen(self):
+        self.start()
+        self.assertEqual("agent", self.abort(self.begin(self.consistency()))["kind"])
+
+    def test_the_plugin_is_killed(self):
+        self.reach(self.consistency(deadline=60000))
+        probe = self.probe()
+        os.killpg(self.wire.process.pid, signal.SIGKILL)
+        self.wire.wait()
+        self.gate.drop()
+        self.wait_thawed(probe)
+
+
+class OtherAgents(support.Test):
+    """Guests whose agent is not as it should be."""
+
+    def setUp(self):
+        self.rig = Rig(Guest([Disk()]), proxy=Gate)
+        self.addCleanup(self.rig.close)
+        self.guest = self.rig.machine
+
+    def begin(self, plugin, policy):
+        consistency = {"kind": "agent", "socket": self.guest.agent, "policy": policy, "deadline_ms": DEADLINE}
+        params = {"monitor": self.rig.monitor, "consistency": consistency}
+        if policy == "require":
+            return params
+        result = plugin.call("backup.begin", params, SECONDS)
+        plugin.call("backup.abort", {"backup": result["backup"]}, SECONDS)
+        return result["consistency"]
+
+    def test_missing_then_there_then_refusing(self):
+        with self.rig.plugin() as plugin:
+            # Nothing runs in the guest.
+            self.refused("agent_unreachable", plugin, "backup.begin", self.begin(plugin, "require"))
+            self.assertEqual("agent_unreachable", self.begin(plugin, "try")["reason"])
+            # Started later, it gets to hear what was said before: it must not freeze.
+            pid = self.guest.start_agent()
+            # No disk's file system is mounted.
+            found = self.begin(plugin, "try")
+            self.assertEqual(("agent", 0), (found["kind"], found["filesystems"]))
+            # One that could freeze and not thaw.
+            self.guest.run(f"sh kill {pid}; until [ -z $(ls /proc/{pid}/fd | head -n 1) ]; do :; done")
+            self.guest.run("mkfs disk0")
+            self.guest.run("mount disk0 /mnt/0")
+            self.guest.start_agent("-b", "guest-fsfreeze-thaw")
+            data = self.begin(plugin, "require")
+            self.refused("agent_refused", plugin, "backup.begin", data)
+            self.assertEqual("agent_refused", self.begin(plugin, "try")["reason"])
+            self.guest.run("write /mnt/0/file 0 64K 1")
+            # QEMU's socket is not where it should be.
+            os.unlink(self.guest.agent)
+            self.refused("agent_unreachable", plugin, "backup.begin", data)
+            self.assertEqual([], ours(self.rig.qmp))
+
+
+class Ext4(support.Test):
+    limit = 120
+
+    def check(self, image, *options):
+        return subprocess.run(["e2fsck", "-f", *options, str(image)], capture_output=True, text=True)
+
+    def needs_recovery(self, image):
+        told = subprocess.run(["dumpe2fs", "-h", str(image)], capture_output=True, text=True, check=True)
+        return "needs_recovery" in told.stdout
+
+    def test_clean_with_freeze_and_recovers_without(self):
+        with Rig(Guest([Disk(iothread=True)])) as rig, rig.plugin() as plugin:
+            guest = rig.machine
+            guest.run("mkfs disk0")
+            guest.run("mount disk0 /mnt/0")
+            guest.start_agent()
+            guest.run("write /mnt/0/file 0 8M 1")
+            guest.run("start w /mnt/0/file pause_ms=2 to=8M")
+            for kind in ("agent", "crash"):
+                guest.run("sh for n in $(seq 50); do echo $n >/mnt/0/$n.new; mv /mnt/0/$n.new /mnt/0/$n; done")
+                consistency = {"kind": kind, **({"socket": guest.agent} if kind == "agent" else {})}
+                backup = Backup(plugin, rig.monitor, consistency=consistency)
+                self.assertEqual(kind, backup.reply.get("consistency", {"kind": "crash"})["kind"])
+                backup.read_all(rig)
+                rig.compare(self, backup, {"dev0": "disk0"})
+                backup.abort()
+                image = rig.image("dev0")
+                self.assertEqual(kind == "crash", self.needs_recovery(image))
+                if kind == "crash":
+                    self.assertEqual(0, self.check(image, "-y").returncode & ~1)
+                clean = self.check(image, "-n")
+                self.assertEqual(0, clean.returncode, clean.stdout)
+                image.unlink()
+            guest.run("stop w")
+
+
+class Group(support.Test):
+    def test_all_are_held_together_or_none_is(self):
+        rigs = []
+        for _ in range(2):
+            rig = Rig(Guest([Disk()]), proxy=Gate)
+            self.addCleanup(rig.close)
+            rig.machine.run("mkfs disk0")
+            rig.machine.run("mount disk0 /mnt/0")
+            rigs.append(rig)
+        first, second = rigs
+        first.machine.start_agent()
+
+        def member(rig):
+            consistency = {"kind": "agent", "socket": rig.machine.agent, "deadline_ms": DEADLINE}
+            return {"monitor": rig.monitor, "consistency": consistency}
+
+        members = {"members": [member(rig) for rig in rigs]}
+        with first.plugin() as plugin:
+            # The second has no agent.
+            self.refused("agent_unreachable", plugin, "backup.begin_group", members)
+            first.machine.run("write /mnt/0/file 0 64K 1")
+            second.machine.start_agent()
+            for rig in rigs:
+                self.assertEqual([], ours(rig.qmp))
+                rig.proxy.shut()
+                members["members"][0]["consistency"]["deadline_ms"] = 60000
+            future = plugin.start("backup.begin_group", members)
+            for rig in rigs:
+                self.assertTrue(rig.proxy.reached.wait(SECONDS))
+            # One is through: its guest waits for the other's instant.
+            first.proxy.open()
+            first.machine.run("sh (echo x >/mnt/0/probe && touch /tmp/through) >/dev/null 2>&1 &")
+            self.assertEqual("", first.machine.run("sh ls /tmp/through 2>/dev/null || true"))
+            second.proxy.open()
+            kinds = [backup["consistency"]["kind"] for backup in future.result(SECONDS)["backups"]]
+            self.assertEqual(["agent", "agent"], kinds)
+            wait_for("thawed", lambda: first.machine.run("sh ls /tmp/through 2>/dev/null || true"))
+
+
+class Paused(support.Test):
+    qemu = QEMU
+
+    def setUp(self):
+        places = support.Places()
+        self.addCleanup(places.close)
+        image = places.folder / "a.img"
+        make_image(image, "qcow2", "8M")
+        self.rig = Rig(Vm(virtio("a", image, "qcow2"), qemu=self.qemu), places.folder, proxy=Gate)
+        self.addCleanup(self.rig.close)
+        self.gate = self.rig.proxy
+        self.wire = Wire(self.rig.command())
+        self.addCleanup(self.wire.close)
+        self.params = {"monitor": self.rig.monitor, "consistency": {"kind": "pause"}}
+
+    def status(self):
+        return self.rig.qmp.command("query-status")["status"]
+
+    def reach(self):
+        self.rig.qmp.command("cont")
+        self.gate.shut()
+        id = self.wire.send("backup.begin", self.params)
+        self.assertTrue(self.gate.reached.wait(SECONDS))
+        self.assertEqual("paused", self.status())
+        return id
+
+    def test_while_it_runs(self):
+        id = self.reach()
+        self.gate.open()
+        found = self.wire.reply(id)["result"]["consistency"]
+        self.assertEqual("pause", found["kind"])
+        self.assertEqual("running", self.status())
+        self.assertNotIn("frozen_ms", found)
+        self.assertGreater(found["paused_ms"], 0)
+
+    def test_what_did_not_run_does_not_run_afterwards(self):
+        before = self.status()
+        found = self.wire.call("backup.begin", self.params)["consistency"]
+        self.assertEqual({"kind": "pause", "paused_ms": 0}, found)
+        self.assertEqual(before, self.status())
+
+    def test_the_plugin_is_killed(self):
+        self.reach()
+        self.wire.process.kill()
+        self.wire.wait()
+        self.gate.drop()
+        wait_for("running", lambda: self.status() == "running")
+
+    def test_somebody_continues_it(self):
+        id = self.reach()
+        self.rig.qmp.command("cont")
+        self.gate.open()
+        self.assertEqual("consistency_lost", self.wire.reply(id)["error"]["data"]["code"])
+        self.assertEqual([], ours(self.rig.qmp))
+
+    def test_cancelled(self):
+        id = self.reach()
+        self.wire.call("cancel", {"id": id})
+        self.gate.open()
+        self.assertEqual("cancelled", self.wire.reply(id)["error"]["data"]["code"])
+        self.assertEqual("running", self.status())
+        self.assertEqual([], ours(self.rig.qmp))
+
+    def test_the_guardian_is_killed(self):
+        id = self.reach()
+        os.kill(guardian_of(self.wire.process.pid), signal.SIGKILL)
+        self.gate.open()
+        self.assertEqual("pause", self.wire.reply(id)["result"]["consistency"]["kind"])
+        self.assertEqual("running", self.status())
+
+
+class PausedQemu7(Paused):
+    qemu = QEMU_7_2
+
+
+class Guardians(support.Test):
+    def test_is_nothing_to_be_run_by_hand(self):
+        done = subprocess.run([PLUGIN, "guardian"], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS)
+        self.assertNotEqual(0, done.returncode)
+        for arguments in (["--help"], ["man"]):
+            told = subprocess.run([PLUGIN, *arguments], capture_output=True, text=True, check=True)
+            self.assertNotIn("guardian", told.stdout)
+
+
+def has_ended(pid):
+    """Also where its parent has not noticed."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
