@@ -33,7 +33,8 @@ use crate::view::View;
 /// # Errors
 /// [`Kind::UnknownSession`]: there is none, or it was never open; [`Kind::SessionAlive`]:
 /// its process lives, or cannot be seen from here; [`Kind::UnknownDisk`] for a disk that was
-/// unplugged; [`Kind::PointInTimeLost`]; QEMU's. All is as before then, but pushes of
+/// unplugged; [`Kind::PointInTimeLost`]; [`Kind::MonitorProtocol`] for a note that lies;
+/// QEMU's. All is as before then, but pushes of
 /// the process that has ended are taken away.
 pub async fn attach(qmp: &Qmp, server: &Server, id: &str) -> Result<Session> {
     let found = reclaim::sessions(qmp).await?;
@@ -45,11 +46,15 @@ pub async fn attach(qmp: &Qmp, server: &Server, id: &str) -> Result<Session> {
         State::Alive => return Err(alive("its process lives")),
         State::Unknown => return Err(alive("whether its process lives cannot be told from here")),
     }
-    let claim = found.claim.clone();
-    let session = claim.as_ref().and_then(|claim| claim.session.clone());
-    let (Some(claim), Some(session)) = (claim, session) else {
+    let deed = found.deed.clone();
+    let session = deed.as_ref().and_then(|deed| deed.session.clone());
+    let (Some(deed), Some(session)) = (deed, session) else {
         return Err(Error::new(Kind::UnknownSession, doing(id)).because("it was never open"));
     };
+    if found.dir().is_none() {
+        let why = "its note tells of a directory that it never made";
+        return Err(Error::new(Kind::MonitorProtocol, doing(id)).because(why));
+    }
     let plans = plans(qmp, &found, &session).await?;
     let version = query::version(qmp).await?;
     let schema = Schema::probe(qmp).await?;
@@ -63,7 +68,7 @@ pub async fn attach(qmp: &Qmp, server: &Server, id: &str) -> Result<Session> {
     let mut part = Teardown::default();
     let address = server.take_over(session.server.clone(), &mut part).await?;
     let teardown = found.session_teardown(true, part.pop());
-    let stake = match Stake::take_over(qmp, found.id.clone(), claim).await {
+    let stake = match Stake::take_over(qmp, found.id.clone(), deed).await {
         Ok(stake) => stake,
         Err(error) => {
             teardown.leave();
@@ -114,7 +119,8 @@ fn view(
         made,
         scratch,
     );
-    // Without a word of it, nothing is known to be there still.
+    // Without a word of it that can be true, nothing is known to be there still.
+    let progress = progress.filter(|progress| progress.released <= plan.disk.size);
     let unknown = Progress {
         spent: true,
         ..Progress::default()
@@ -148,6 +154,10 @@ async fn plans(qmp: &Qmp, found: &Found, session: &Saved) -> Result<Vec<DiskPlan
 }
 
 fn plan(disk: &Disk, saved: &SavedDisk) -> Result<DiskPlan> {
+    let lie = |why: &'static str| Error::new(Kind::MonitorProtocol, "reading a note").because(why);
+    if !discover::is_id(&saved.disk) {
+        return Err(lie("no id of a disk"));
+    }
     let name = |text: &String| Name::parse(text);
     let base = saved.base.as_ref().map(|(base, granularity)| {
         Ok(Base {
@@ -158,11 +168,10 @@ fn plan(disk: &Disk, saved: &SavedDisk) -> Result<DiskPlan> {
             dirty_bytes: saved.changed_bytes,
         })
     });
-    let checkpoint = saved.checkpoint.as_deref().map(|bitmap| {
-        Checkpoint::from_bitmap(bitmap).ok_or_else(|| {
-            Error::new(Kind::MonitorProtocol, "reading a note").because("no checkpoint")
-        })
-    });
+    let checkpoint = saved
+        .checkpoint
+        .as_deref()
+        .map(|bitmap| Checkpoint::from_bitmap(bitmap).ok_or_else(|| lie("no checkpoint")));
     Ok(DiskPlan {
         disk: Disk {
             id: saved.disk.clone(),

@@ -8,6 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use crate::flow::Held;
+
 /// A bounded set of buffers, shared by cloning.
 #[derive(Clone, Debug)]
 pub struct Pool {
@@ -50,18 +52,33 @@ impl Pool {
         bytes.resize(length, 0);
         Buffer {
             bytes,
-            idle: Arc::clone(&self.idle),
+            idle: Some(Arc::clone(&self.idle)),
             _permit: permit,
+            _held: None,
         }
     }
 }
 
-/// Bytes from a [`Pool`]; they go back to it on drop.
+/// Bytes from a [`Pool`], which go back to it on drop; or of a receiver, which counts them
+/// until then.
 pub struct Buffer {
     bytes: Vec<u8>,
-    idle: Arc<Mutex<Vec<Vec<u8>>>>,
+    idle: Option<Arc<Mutex<Vec<Vec<u8>>>>>,
     // Dropped after `drop` has put the bytes back, so that the next taker finds them.
     _permit: Option<OwnedSemaphorePermit>,
+    _held: Option<Held>,
+}
+
+impl Buffer {
+    /// `length` zeros of no pool, counted as `held`.
+    pub(crate) fn counted(length: usize, held: Held) -> Self {
+        Self {
+            bytes: vec![0; length],
+            idle: None,
+            _permit: None,
+            _held: Some(held),
+        }
+    }
 }
 
 impl fmt::Debug for Buffer {
@@ -74,10 +91,11 @@ impl fmt::Debug for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let bytes = std::mem::take(&mut self.bytes);
-        self.idle
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(bytes);
+        if let Some(idle) = &self.idle {
+            idle.lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(bytes);
+        }
     }
 }
 

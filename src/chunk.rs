@@ -5,7 +5,7 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use crate::buffer::Buffer;
-use crate::extent::{Content, Extent, Range, length, next_cut, split_zeros};
+use crate::extent::{Content, Extent, Range, next_cut, split_zeros};
 
 /// Bytes of a chunk; clones and slices share the buffer.
 #[derive(Clone, Debug)]
@@ -39,7 +39,6 @@ pub(crate) struct Chunks {
     /// The last piece without bytes, as long as the next may still lengthen it.
     held: Option<Extent>,
     out: VecDeque<Chunk>,
-    data_bytes: u64,
 }
 
 impl Chunks {
@@ -48,13 +47,7 @@ impl Chunks {
             cut,
             held: None,
             out: VecDeque::new(),
-            data_bytes: 0,
         }
-    }
-
-    /// Bytes of all data so far.
-    pub(crate) fn data_bytes(&self) -> u64 {
-        self.data_bytes
     }
 
     /// The next chunk that is complete.
@@ -99,7 +92,6 @@ impl Chunks {
     }
 
     fn data(&mut self, offset: u64, buffer: &Arc<Buffer>, range: &Range) {
-        self.data_bytes += length(range);
         let index = |place: u64| usize::try_from(place - offset).unwrap_or(usize::MAX);
         let mut at = range.start;
         while at < range.end {

@@ -25,7 +25,7 @@ pub enum Kind {
     MonitorClosed,
     /// The monitor sent something that is not QMP, or past a limit.
     MonitorProtocol,
-    /// QEMU did not answer a command, or a job did not end, before the deadline.
+    /// QEMU did not answer a command, or a job did not end or go on, before the deadline.
     QemuTimeout,
     /// QEMU refused a command; its own words are in the source.
     QemuRefused,
@@ -81,23 +81,23 @@ pub enum Kind {
     PointInTimeLost,
     /// The offset was given back to QEMU, or never was a place to resume from.
     OffsetReleased,
-    /// The disk is being read or pushed already.
+    /// The disk is being read, mapped or pushed already.
     StreamActive,
     /// A disk that is to be committed was not read to its end, pushed or exported.
     Incomplete,
     /// The target of a restore or push exists already.
     TargetExists,
-    /// The target of a restore or push cannot be made or written, or is full.
+    /// The target of a restore or push is full, or its file system fails.
     TargetUnwritable,
     /// The push target cannot be connected to, or does not greet.
     TargetUnreachable,
-    /// QEMU cannot use the push target.
+    /// The target must not or cannot be used: it is in use, or there is no right to it.
     TargetRefused,
-    /// The push target cannot hold this disk.
+    /// The target is not what it must be: missing, read-only, of another size.
     TargetMismatch,
     /// Writing to the push target failed.
     TargetFailed,
-    /// The push target took nothing for too long.
+    /// The push target took nothing for too long, or a file system does not answer.
     TargetTimeout,
     /// `qemu-storage-daemon` cannot be started or ended early.
     StorageDaemonFailed,

@@ -1,33 +1,37 @@
 //! A view for programs of the host's: a read-only NBD export, as long as the session lives.
 //!
 //! ```text
-//! client --> socket of ours --> relay --> QEMU's NBD server
+//! client --> socket of ours --> doorman: this export? --> courier --> QEMU's NBD server
 //! ```
-//! The clients are not known, and may hang with a question asked and the answer not
-//! taken: QEMU would wait for them at its next drain. The relay gives them up instead.
+//! The clients are not known. They may ask for other exports, and may hang with a question
+//! asked and the answer not taken: so they never reach QEMU's server, which has more than
+//! theirs, and waits for such a client at its next drain.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
+use crate::entry;
 use crate::error::{Error, Kind, Result};
-use crate::nbd::{Address, Client};
+use crate::nbd::{Address, courier, doorman};
 use crate::qemu::{query, step};
-use crate::relay::{Stream, relay};
+use crate::relay::{Hangup, Socket, Stream};
 use crate::server;
 use crate::view::View;
 
-/// How long a client may take nothing of an answer before it is given up.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a client may take to come in, as in QEMU's own server.
+const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// How long QEMU gets to show the new export.
 const NBD_DEADLINE: Duration = Duration::from_secs(60);
 
-/// Most clients of one disk's export at a time; others wait to be accepted.
+/// Most clients of one disk's export at a time; others wait to be accepted. For each, up to
+/// 34 MiB of replies are held where it does not take them.
 const CLIENTS: usize = 64;
 
 /// An exported view.
@@ -44,13 +48,25 @@ pub struct Exported {
 pub(crate) struct Gate {
     exported: Exported,
     dir: PathBuf,
+    /// Clients whose connection the host hands in.
+    guests: mpsc::Sender<Guest>,
     end: CancellationToken,
     task: tokio::task::JoinHandle<()>,
 }
 
+type Guest = (Box<dyn Stream>, Hangup);
+
 impl Gate {
     pub(crate) fn exported(&self) -> &Exported {
         &self.exported
+    }
+
+    /// Lets in a client at the other end of `socket`, which ends with the gate.
+    pub(crate) async fn admit(&self, socket: Socket) -> Result<()> {
+        let broken = |error| Error::new(Kind::Internal, "taking over a socket").because(error);
+        let guest = socket.open().map_err(broken)?;
+        let sent = self.guests.send(guest).await;
+        sent.map_err(|_closed| Error::new(Kind::Cancelled, "letting a client in"))
     }
 
     /// Lets nobody in any more, and everybody go.
@@ -88,7 +104,7 @@ pub(crate) async fn open(view: &View, runtime_dir: &Path) -> Result<Gate> {
         let export = step::public_export(names, view.disk(), view.is_incremental());
         qmp.execute_raw("block-export-add", export).await?;
     }
-    let client = Client::connect(view.address(), view.disk(), None, NBD_DEADLINE).await?;
+    let client = entry::connect(qmp, view.address(), view.disk(), None, NBD_DEADLINE).await?;
     let told = client.export();
     let block_sizes = (told.min_block, told.preferred_block, told.max_payload);
     client.close().await;
@@ -98,49 +114,124 @@ pub(crate) async fn open(view: &View, runtime_dir: &Path) -> Result<Gate> {
         Error::new(Kind::ScratchUnavailable, "making a socket for an export").because(error)
     })?;
     let end = CancellationToken::new();
-    let task = tokio::spawn(serve(listener, view.address().clone(), end.clone()));
+    let (guests, coming) = mpsc::channel(1);
+    let house = House {
+        server: view.address().clone(),
+        export: view.disk().to_owned(),
+        handshake: HANDSHAKE,
+    };
+    let task = tokio::spawn(house.serve(listener, coming, end.clone()));
     Ok(Gate {
         exported: Exported {
             socket,
             block_sizes,
         },
         dir,
+        guests,
         end,
         task,
     })
 }
 
-async fn serve(listener: UnixListener, server: Address, end: CancellationToken) {
-    let mut clients = JoinSet::new();
-    loop {
-        tokio::select! {
-            () = end.cancelled() => break,
-            Some(_ended) = clients.join_next() => {}
-            accepted = listener.accept(), if clients.len() < CLIENTS => match accepted {
-                Ok((client, _)) => {
-                    clients.spawn(admit(client, server.clone()));
-                }
-                Err(error) => {
-                    // No descriptors left, as a rule: the next one may find some.
-                    warn!(%error, "could not accept an NBD client");
-                    tokio::time::sleep(Duration::from_millis(100)).await;
-                }
-            },
-        }
-    }
-    clients.shutdown().await;
+/// What clients come for.
+#[derive(Clone)]
+struct House {
+    server: Address,
+    export: String,
+    /// How long a client may take to come in.
+    handshake: Duration,
 }
 
-/// Carries one client's bytes to QEMU's server and back.
-pub(crate) async fn admit(mut client: impl Stream, server: Address) {
-    let Address::Unix(path) = server else {
-        return;
-    };
-    let carried = async {
-        let mut qemu = UnixStream::connect(&path).await?;
-        relay(&mut qemu, &mut client, Some(PATIENCE)).await
-    };
-    if let Err(error) = carried.await {
-        debug!(%error, "an NBD client of an export ended");
+impl House {
+    async fn serve(
+        self,
+        listener: UnixListener,
+        mut guests: mpsc::Receiver<Guest>,
+        end: CancellationToken,
+    ) {
+        let mut clients = JoinSet::new();
+        loop {
+            tokio::select! {
+                () = end.cancelled() => break,
+                Some(_ended) = clients.join_next() => {}
+                Some((client, hangup)) = guests.recv() => {
+                    let house = self.clone();
+                    clients.spawn(async move {
+                        let _until_then = hangup;
+                        house.entertain(client).await;
+                    });
+                }
+                accepted = listener.accept(), if clients.len() < CLIENTS => match accepted {
+                    Ok((client, _)) => {
+                        let house = self.clone();
+                        clients.spawn(async move { house.entertain(client).await });
+                    }
+                    Err(error) => {
+                        // No descriptors left, as a rule: the next one may find some.
+                        warn!(%error, "could not accept an NBD client");
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                },
+            }
+        }
+        clients.shutdown().await;
+    }
+
+    /// Serves one client until it or QEMU ends.
+    async fn entertain(&self, client: impl Stream) {
+        if let Err(error) = self.try_entertain(client).await {
+            debug!(error = error.chain(), "an NBD client of an export ended");
+        }
+    }
+
+    async fn try_entertain(&self, client: impl Stream) -> Result<()> {
+        let Address::Unix(path) = &self.server else {
+            return Err(Error::new(Kind::Internal, "finding the NBD server"));
+        };
+        let unreachable = |error| Error::new(Kind::NbdUnreachable, "connecting").because(error);
+        let mut qemu = UnixStream::connect(path).await.map_err(unreachable)?;
+        let admitted = doorman::admit(client, &mut qemu, &self.export);
+        let admitted = tokio::time::timeout(self.handshake, admitted).await;
+        let admitted = admitted.map_err(|_elapsed| {
+            Error::new(Kind::NbdTimeout, "letting a client in")
+                .because(format!("it did not come in within {:?}", self.handshake))
+        })?;
+        match admitted? {
+            Some(client) => courier::carry(client, qemu).await,
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+    use crate::nbd::wire::{IHAVEOPT, NBDMAGIC};
+
+    /// A place among the clients is not for those who say nothing.
+    #[tokio::test]
+    async fn a_client_that_does_not_come_in_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("qemu");
+        let listener = UnixListener::bind(&path).unwrap();
+        let greeting = [NBDMAGIC.to_be_bytes(), IHAVEOPT.to_be_bytes()].concat();
+        let qemu = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.write_all(&greeting).await.unwrap();
+            stream.write_all(&[0, 3]).await.unwrap();
+            stream
+        });
+        let house = House {
+            server: Address::Unix(path),
+            export: "disk0".to_owned(),
+            handshake: Duration::from_millis(50),
+        };
+        let (_client, ours) = tokio::io::duplex(64);
+        let limit = Duration::from_secs(20);
+        let ended = tokio::time::timeout(limit, house.try_entertain(ours)).await;
+        assert_eq!(ended.unwrap().unwrap_err().kind(), Kind::NbdTimeout);
+        let _still_open = qemu.await.unwrap();
     }
 }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use tokio_util::sync::CancellationToken;
 
+use crate::claim::Claim;
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Content, Extent};
 use crate::view::View;
@@ -12,17 +13,11 @@ use crate::walk::Walk;
 /// A disk's extents, by offset: contiguous, and neighbours differ.
 #[derive(Debug)]
 pub struct Map {
-    view: Arc<View>,
+    /// The view stays as it was: a map is not a copy.
+    claim: Claim,
     cancel: CancellationToken,
     walk: Walk,
     held: Option<Extent>,
-}
-
-impl Drop for Map {
-    fn drop(&mut self) {
-        // The view stays as it was: a map is not a copy.
-        self.view.stop(false);
-    }
 }
 
 impl Map {
@@ -32,21 +27,16 @@ impl Map {
     /// [`Kind::StreamActive`]; [`Kind::OffsetReleased`] where a part was given back;
     /// [`Kind::PointInTimeLost`]; [`Kind::Cancelled`]; NBD's.
     pub async fn open(view: Arc<View>, cancel: CancellationToken) -> Result<Self> {
-        view.start(0)?;
-        match Walk::open(&view, 0, 0).await {
+        let claim = Claim::whole(view)?;
+        match Walk::open(claim.view(), 0, 0).await {
             Ok(walk) => Ok(Self {
-                view,
+                claim,
                 cancel,
                 walk,
                 held: None,
             }),
-            Err(error) => {
-                view.stop(false);
-                if cancel.is_cancelled() {
-                    return Err(cancelled());
-                }
-                Err(view.explain(error).await)
-            }
+            Err(_) if cancel.is_cancelled() => Err(cancelled()),
+            Err(error) => Err(claim.view().explain(error).await),
         }
     }
 
@@ -64,7 +54,7 @@ impl Map {
             };
             let found = match found {
                 Err(_) if cancel.is_cancelled() => return Err(cancelled()),
-                Err(error) => return Err(self.view.explain(error).await),
+                Err(error) => return Err(self.claim.view().explain(error).await),
                 Ok(Some(found)) => without_holes(found),
                 Ok(None) => return Ok(self.held.take()),
             };

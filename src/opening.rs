@@ -314,7 +314,7 @@ async fn join_server(
     };
     for found in reclaim::sessions(qmp).await? {
         let kept = found.state() == State::Kept;
-        let session = found.claim.and_then(|claim| claim.session);
+        let session = found.deed.and_then(|deed| deed.session);
         if let Some(session) = session.filter(|_| kept)
             && tokio::net::UnixStream::connect(&session.server)
                 .await

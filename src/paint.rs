@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use crate::entry;
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Range, length, next_cut};
 use crate::nbd::{Address, Client, Ticket};
@@ -60,7 +61,7 @@ impl Canvas {
             .await?;
         Ok(Self {
             size,
-            client: Client::connect(address, &node, None, NBD_DEADLINE).await?,
+            client: entry::connect(qmp, address, &node, None, NBD_DEADLINE).await?,
             tickets: VecDeque::new(),
         })
     }

@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::buffer::{Buffer, Pool};
 use crate::chunk::{Chunk, Chunks};
+use crate::claim::Claim;
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Content, Extent, Range, length, next_cut};
 use crate::nbd::Ticket;
@@ -46,7 +47,7 @@ enum Slot {
 /// A stream of one disk's chunks.
 #[derive(Debug)]
 pub struct Pull {
-    view: Arc<View>,
+    claim: Claim,
     cancel: CancellationToken,
     release_on_read: bool,
     read_max: u64,
@@ -60,13 +61,7 @@ pub struct Pull {
     read_bytes: u64,
     /// `read_bytes` when something was last given back.
     released_at: u64,
-    complete: bool,
-}
-
-impl Drop for Pull {
-    fn drop(&mut self) {
-        self.view.stop(self.complete);
-    }
+    is_whole: bool,
 }
 
 impl Pull {
@@ -81,17 +76,13 @@ impl Pull {
         release_on_read: bool,
         cancel: CancellationToken,
     ) -> Result<Self> {
-        view.start(offset)?;
+        let claim = Claim::pull(view, offset)?;
+        let view = claim.view();
         // One read tells as much as asking first, in one round trip.
-        let walk = match Walk::open(&view, offset, READ_MAX).await {
+        let walk = match Walk::open(view, offset, READ_MAX).await {
             Ok(walk) => walk,
-            Err(error) => {
-                view.stop(false);
-                if cancel.is_cancelled() {
-                    return Err(cancelled());
-                }
-                return Err(view.explain(error).await);
-            }
+            Err(_) if cancel.is_cancelled() => return Err(cancelled()),
+            Err(error) => return Err(view.explain(error).await),
         };
         let (read_max, _) = view.read_max();
         if release_on_read {
@@ -99,7 +90,7 @@ impl Pull {
         }
         Ok(Self {
             read_max,
-            view,
+            claim,
             cancel,
             release_on_read,
             pool: Pool::new(BUFFERS),
@@ -111,7 +102,7 @@ impl Pull {
             handed: offset,
             read_bytes: 0,
             released_at: 0,
-            complete: false,
+            is_whole: false,
         })
     }
 
@@ -131,7 +122,14 @@ impl Pull {
     /// The view that is read.
     #[must_use]
     pub fn view(&self) -> &View {
-        &self.view
+        self.claim.view()
+    }
+
+    /// The consumer has all that [`Pull::next`] gave, up to its end: the disk can be committed.
+    pub fn finish(self) {
+        if self.is_whole {
+            self.claim.complete();
+        }
     }
 
     /// The next chunk; `None` at the end of the disk. With the call for a chunk,
@@ -149,7 +147,7 @@ impl Pull {
         match found {
             // The end of the session closes sockets under a reader.
             Err(_) if cancel.is_cancelled() => Err(cancelled()),
-            Err(error) => Err(self.view.explain(error.at(self.handed)).await),
+            Err(error) => Err(self.view().explain(error.at(self.handed)).await),
             Ok(chunk) => Ok(chunk),
         }
     }
@@ -176,7 +174,7 @@ impl Pull {
                 }
                 None if self.chunks.flush() => {}
                 None => {
-                    self.complete = true;
+                    self.is_whole = true;
                     self.give_back(1).await;
                     return Ok(None);
                 }
@@ -186,7 +184,7 @@ impl Pull {
 
     async fn give_back(&self, least: u64) {
         if self.release_on_read {
-            self.view.release_in_steps(self.handed, least).await;
+            self.view().give_back_in_steps(self.handed, least).await;
         }
     }
 

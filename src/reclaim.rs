@@ -21,7 +21,7 @@ use crate::error::Result;
 use crate::owner::{Life, Owner};
 use crate::qemu::step::{self, Names};
 use crate::qemu::{Qmp, note, query};
-use crate::saved::{self, Claim, Progress};
+use crate::saved::{self, Deed, Progress};
 use crate::session::now_ms;
 use crate::stake;
 use crate::teardown::{Teardown, Undo};
@@ -45,7 +45,7 @@ pub struct Found {
     /// Its id.
     pub id: String,
     /// What it says of itself.
-    pub claim: Option<Claim>,
+    pub deed: Option<Deed>,
     /// How far the consumers of its disks are, by their places.
     pub progress: BTreeMap<usize, Progress>,
     places: BTreeSet<usize>,
@@ -58,11 +58,11 @@ impl Found {
     /// Whether it lives.
     #[must_use]
     pub fn state(&self) -> State {
-        let Some(claim) = &self.claim else {
+        let Some(deed) = &self.deed else {
             return State::Unknown;
         };
-        let is_lost = claim.owner == Owner::here() && !stake::is_held(&self.id);
-        match claim.owner.life() {
+        let is_lost = deed.owner == Owner::here() && !stake::is_held(&self.id);
+        match deed.owner.life() {
             Life::Alive if !is_lost => State::Alive,
             Life::Elsewhere => State::Unknown,
             Life::Alive | Life::Dead if self.kept_for() > Duration::ZERO => State::Kept,
@@ -73,7 +73,7 @@ impl Found {
     /// How long it is kept from now on, if its process has ended.
     #[must_use]
     pub fn kept_for(&self) -> Duration {
-        let session = self.claim.as_ref().and_then(|claim| claim.session.as_ref());
+        let session = self.deed.as_ref().and_then(|deed| deed.session.as_ref());
         let Some(session) = session else {
             return Duration::ZERO;
         };
@@ -83,14 +83,28 @@ impl Found {
         Duration::from_millis(until.saturating_sub(now_ms()))
     }
 
+    /// Its private directory, on its owner's machine; `None` where its note tells of none that
+    /// it would have made.
+    pub(crate) fn dir(&self) -> Option<&Path> {
+        let dir = self.deed.as_ref()?.dir.as_path();
+        is_ours(dir, &self.id).then_some(dir)
+    }
+
+    /// The files and directories that are removed with it, if its process ran on this machine.
+    #[must_use]
+    pub fn removes(&self) -> Vec<PathBuf> {
+        let teardown = self.teardown(true);
+        let paths = teardown.paths().map(Path::to_owned).collect();
+        teardown.leave();
+        paths
+    }
+
     /// All that it may have made, to be undone. Files only where `here`: its process ran
     /// on this machine.
     fn teardown(&self, here: bool) -> Teardown {
-        let claim = self.claim.as_ref().filter(|_| here);
-        let server = claim.map(|claim| {
-            let socket = stake::server_dir(&claim.dir).join(crate::server::SOCKET);
-            Undo::OldServer(socket)
-        });
+        let dir = self.dir().filter(|_| here);
+        let server =
+            dir.map(|dir| Undo::OldServer(stake::server_dir(dir).join(crate::server::SOCKET)));
         let mut teardown = self.session_teardown(here, server);
         teardown.append(self.consumer_teardown(here));
         teardown
@@ -116,11 +130,9 @@ impl Found {
     /// All else, in the order in which it was made, with its part of the NBD server.
     pub(crate) fn session_teardown(&self, here: bool, server: Option<Undo>) -> Teardown {
         let mut teardown = Teardown::default();
-        let claim = self.claim.as_ref();
         let note = step::owner_note(&self.id);
         teardown.push(Undo::Object { id: note });
-        let dir = claim.map(|claim| claim.dir.as_path()).filter(|_| here);
-        if let Some(dir) = dir.filter(|dir| is_ours(dir, &self.id)) {
+        if let Some(dir) = self.dir().filter(|_| here) {
             teardown.push(Undo::Directory(dir.to_owned()));
         }
         for id in &self.fdsets {
@@ -280,7 +292,7 @@ impl Listing {
         let is = |note: fn(&Names) -> String| names.as_ref().is_some_and(|names| note(names) == id);
         if id == step::owner_note(&found.id) {
             let text = note::read(qmp, id).await?;
-            found.claim = text.as_deref().and_then(saved::claim);
+            found.deed = text.as_deref().and_then(saved::deed);
         } else if is(Names::progress) {
             let text = note::read(qmp, id).await?;
             let progress = text.as_deref().and_then(saved::progress);

@@ -1,4 +1,4 @@
-//! Bytes between QEMU and a program of the host's, both ways.
+//! Bytes between QEMU and a server of the host's, both ways.
 //!
 //! QEMU waits for a peer that hangs whenever it has to wait for all I/O, and then its
 //! guest waits too. So no such peer has a socket of QEMU's: we stand between, and let go
@@ -6,7 +6,6 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketType};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -19,6 +18,47 @@ const BUFFER: usize = 256 * 1024;
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
+/// A connected socket that came from elsewhere, and is the host's until it is opened.
+#[derive(Debug)]
+pub struct Socket {
+    fd: OwnedFd,
+    is_unix: bool,
+}
+
+impl Socket {
+    /// Looks at a descriptor, and changes nothing of it.
+    ///
+    /// # Errors
+    /// It is no stream socket of a unix or TCP kind.
+    pub fn check(fd: OwnedFd) -> io::Result<Self> {
+        let kind = rustix::net::sockopt::socket_type(&fd)?;
+        let family = rustix::net::sockopt::socket_domain(&fd)?;
+        if kind != SocketType::STREAM {
+            return Err(io::Error::other("it is no stream socket"));
+        }
+        let is_unix = family == AddressFamily::UNIX;
+        if !is_unix && family != AddressFamily::INET && family != AddressFamily::INET6 {
+            return Err(io::Error::other("it is no unix or TCP socket"));
+        }
+        Ok(Self { fd, is_unix })
+    }
+
+    /// Takes it over: from here on it ends with what hangs it up.
+    ///
+    /// # Errors
+    /// The system's.
+    pub fn open(self) -> io::Result<(Box<dyn Stream>, Hangup)> {
+        let hangup = Hangup(self.fd.try_clone()?);
+        rustix::io::ioctl_fionbio(&self.fd, true)?;
+        let stream: Box<dyn Stream> = if self.is_unix {
+            Box::new(UnixStream::from_std(self.fd.into())?)
+        } else {
+            Box::new(TcpStream::from_std(self.fd.into())?)
+        };
+        Ok((stream, hangup))
+    }
+}
+
 /// Hangs up when it goes: others may have descriptors of the socket, which keep it open.
 #[derive(Debug)]
 pub struct Hangup(OwnedFd);
@@ -30,50 +70,23 @@ impl Drop for Hangup {
     }
 }
 
-/// A connected socket that came from elsewhere, to be kept with what hangs it up.
+/// Carries bytes between QEMU and `peer` until both have ended, or one broke.
 ///
 /// # Errors
-/// It is no stream socket of a unix or TCP kind.
-pub fn socket(fd: OwnedFd) -> io::Result<(Box<dyn Stream>, Hangup)> {
-    let kind = rustix::net::sockopt::socket_type(&fd)?;
-    let family = rustix::net::sockopt::socket_domain(&fd)?;
-    if kind != SocketType::STREAM {
-        return Err(io::Error::other("it is no stream socket"));
-    }
-    let hangup = Hangup(fd.try_clone()?);
-    rustix::io::ioctl_fionbio(&fd, true)?;
-    if family == AddressFamily::UNIX {
-        return Ok((Box::new(UnixStream::from_std(fd.into())?), hangup));
-    }
-    if family == AddressFamily::INET || family == AddressFamily::INET6 {
-        return Ok((Box::new(TcpStream::from_std(fd.into())?), hangup));
-    }
-    Err(io::Error::other("it is no unix or TCP socket"))
-}
-
-/// Carries bytes between QEMU and `peer` until both have ended, or one broke. With
-/// `patience`, the peer has that long to take what QEMU sent it.
-///
-/// # Errors
-/// The first read or write that failed; `TimedOut` for a peer that takes nothing.
+/// The first read or write that failed.
 pub(crate) async fn relay(
     qemu: &mut (impl Stream + ?Sized),
     peer: &mut (impl Stream + ?Sized),
-    patience: Option<Duration>,
 ) -> io::Result<()> {
     let (from_qemu, to_qemu) = tokio::io::split(qemu);
     let (from_peer, to_peer) = tokio::io::split(peer);
-    tokio::try_join!(
-        carry(from_qemu, to_peer, patience),
-        carry(from_peer, to_qemu, None)
-    )?;
+    tokio::try_join!(carry(from_qemu, to_peer), carry(from_peer, to_qemu))?;
     Ok(())
 }
 
 async fn carry(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
-    patience: Option<Duration>,
 ) -> io::Result<()> {
     let mut buffer = vec![0; BUFFER];
     loop {
@@ -81,18 +94,7 @@ async fn carry(
         if bytes == 0 {
             return to.shutdown().await;
         }
-        let mut rest = &buffer[..bytes];
-        while !rest.is_empty() {
-            let written = to.write(rest);
-            let written = match patience {
-                Some(patience) => tokio::time::timeout(patience, written).await??,
-                None => written.await?,
-            };
-            if written == 0 {
-                return Err(io::ErrorKind::WriteZero.into());
-            }
-            rest = &rest[written..];
-        }
+        to.write_all(&buffer[..bytes]).await?;
     }
 }
 
@@ -104,7 +106,7 @@ mod tests {
     async fn what_one_says_the_other_hears_and_the_end_too() {
         let (mut qemu, mut left) = tokio::io::duplex(16);
         let (mut right, mut peer) = tokio::io::duplex(16);
-        let relayed = tokio::spawn(async move { relay(&mut left, &mut right, None).await });
+        let relayed = tokio::spawn(async move { relay(&mut left, &mut right).await });
         qemu.write_all(b"question").await.unwrap();
         let mut heard = [0; 8];
         peer.read_exact(&mut heard).await.unwrap();
@@ -118,13 +120,29 @@ mod tests {
         relayed.await.unwrap().unwrap();
     }
 
+    /// Whoever refuses a request has not touched the host's connection.
     #[tokio::test]
-    async fn a_peer_that_takes_nothing_is_given_up() {
-        let (mut qemu, mut left) = tokio::io::duplex(1024);
-        let (mut right, _peer) = tokio::io::duplex(16);
-        qemu.write_all(&[1; 100]).await.unwrap();
-        let patience = Some(Duration::from_millis(20));
-        let error = relay(&mut left, &mut right, patience).await.unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    async fn a_socket_is_the_hosts_until_it_is_opened() {
+        let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let copy = || Socket::check(theirs.try_clone().unwrap().into()).unwrap();
+        drop(copy());
+        io::Write::write_all(&mut &theirs, b"still here").unwrap();
+        let mut heard = [0; 10];
+        io::Read::read_exact(&mut ours, &mut heard).unwrap();
+        assert_eq!(&heard, b"still here");
+        drop(copy().open().unwrap());
+        let error = io::Write::write_all(&mut &theirs, b"gone").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(io::Read::read(&mut ours, &mut heard).unwrap(), 0);
+    }
+
+    #[test]
+    fn descriptors_that_are_no_connection() {
+        let datagram = std::os::unix::net::UnixDatagram::unbound().unwrap();
+        let file = std::fs::File::open("/dev/null").unwrap();
+        for (fd, why) in [(datagram.into(), "no stream"), (file.into(), "non-socket")] {
+            let error = Socket::check(fd).unwrap_err().to_string();
+            assert!(error.to_lowercase().contains(why), "{error}");
+        }
     }
 }

@@ -14,11 +14,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::json;
+use tokio_util::sync::CancellationToken;
 
 use crate::buffer::Pool;
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Range, length, next_cut};
-use crate::image::{self, Format, publish, unwritable};
+use crate::file_call;
+use crate::image::{self, Durable, Format, publish, unwritable};
 use crate::nbd::{Address, Client, Ticket};
 use crate::qemu::job;
 use crate::session::random_id;
@@ -36,6 +38,9 @@ const NBD_DEADLINE: Duration = Duration::from_secs(120);
 /// How long it gets to make an empty image.
 const CREATE_DEADLINE: Duration = Duration::from_secs(60);
 
+/// How long the target's file system gets for one call.
+const FILE_DEADLINE: Duration = Duration::from_secs(10);
+
 /// What is to be made, and with what.
 #[derive(Clone, Debug)]
 pub struct Target {
@@ -51,8 +56,8 @@ pub struct Target {
 #[derive(Debug)]
 pub struct Restore {
     target: Target,
-    partial: PathBuf,
-    private: PathBuf,
+    files: Files,
+    durable: Durable,
     daemon: StorageDaemon,
     client: Client,
     pool: Pool,
@@ -67,18 +72,15 @@ struct Files {
 }
 
 impl Files {
-    fn remove(&self) -> Vec<String> {
-        let results = [
-            (&self.partial, std::fs::remove_file(&self.partial)),
-            (&self.private, std::fs::remove_dir_all(&self.private)),
+    async fn remove(&self) -> Vec<String> {
+        let removed = [
+            file_call::remove(&self.partial, |path| std::fs::remove_file(path)).await,
+            file_call::remove(&self.private, |path| std::fs::remove_dir_all(path)).await,
         ];
-        let failed = |(path, result): (&PathBuf, std::io::Result<()>)| match result {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Some(format!("{}: {error}", path.display()))
-            }
-            _ => None,
-        };
-        results.into_iter().filter_map(failed).collect()
+        let left = [&self.partial, &self.private].into_iter().zip(removed);
+        let left = left.filter_map(|(path, removed)| Some((path, removed.err()?)));
+        left.map(|(path, error)| format!("file {}: {}", path.display(), error.chain()))
+            .collect()
     }
 }
 
@@ -87,50 +89,54 @@ impl Restore {
     /// (`qemu-storage-daemon`).
     ///
     /// # Errors
-    /// [`Kind::TargetExists`], [`Kind::TargetUnwritable`],
-    /// [`Kind::StorageDaemonFailed`]; nothing is left then.
+    /// The `Target*` kinds; [`Kind::StorageDaemonFailed`]; nothing is left then but what
+    /// [`Error::leftovers`] tells.
     pub async fn begin(target: Target, daemon: &Path, runtime_dir: &Path) -> Result<Self> {
         let id = random_id();
-        let partial = image::partial_path(&target.path, &id)?;
+        let partial = image::partial_path(&target.path, &id, FILE_DEADLINE).await?;
         let files = Files {
             partial,
             private: runtime_dir.join(format!("qf-{id}")),
         };
-        match Self::open(target, &files, daemon).await {
-            Ok(restore) => Ok(restore),
-            Err(error) => Err(error.leaving(files.remove())),
+        match Self::open(&target, &files, daemon).await {
+            Ok((durable, daemon, client)) => Ok(Self {
+                target,
+                files,
+                durable,
+                daemon,
+                client,
+                pool: Pool::new(WRITES),
+                tickets: VecDeque::new(),
+            }),
+            Err(error) => Err(error.leaving(files.remove().await)),
         }
     }
 
-    async fn open(target: Target, files: &Files, program: &Path) -> Result<Self> {
-        let file = image::create(&files.partial, &target.path)?;
-        if target.format == Format::Raw {
-            file.set_len(target.size)
-                .map_err(|error| unwritable(&target.path, error))?;
-        }
+    async fn open(
+        target: &Target,
+        files: &Files,
+        program: &Path,
+    ) -> Result<(Durable, StorageDaemon, Client)> {
+        let size = match target.format {
+            Format::Raw => target.size,
+            Format::Qcow2 => 0,
+        };
+        let created = image::create(&files.partial, &target.path, size, FILE_DEADLINE);
+        let (file, durable) = created.await?;
+        file_call::close(file).await;
         std::fs::DirBuilder::new()
             .mode(0o700)
             .create(&files.private)
             .map_err(|error| unwritable(&files.private, error))?;
         let daemon = StorageDaemon::start(program).await?;
         let socket = files.private.join("nbd.sock");
-        let opened = open_image(&daemon, &target, &files.partial, &socket).await;
-        let client = match opened {
-            Ok(client) => client,
+        match open_image(&daemon, target, &files.partial, &socket).await {
+            Ok(client) => Ok((durable, daemon, client)),
             Err(error) => {
                 let _stopped = daemon.stop().await;
-                return Err(error);
+                Err(error)
             }
-        };
-        Ok(Self {
-            target,
-            partial: files.partial.clone(),
-            private: files.private.clone(),
-            daemon,
-            client,
-            pool: Pool::new(WRITES),
-            tickets: VecDeque::new(),
-        })
+        }
     }
 
     /// The disk's bytes.
@@ -214,39 +220,37 @@ impl Restore {
         let written = written.await;
         let Self {
             target,
-            partial,
-            private,
+            files,
+            durable,
             daemon,
             client,
             ..
         } = self;
-        let files = Files { partial, private };
         client.close().await;
         let closed = close_image(&daemon).await;
         let stopped = daemon.stop().await;
-        let named = match written.and(closed).and(stopped) {
-            Ok(()) => publish(files.partial.clone(), target.path).await,
-            Err(error) => Err(error),
+        let named = async {
+            written.and(closed).and(stopped)?;
+            // Nobody can cancel this.
+            durable.sync(&CancellationToken::new()).await?;
+            publish(files.partial.clone(), target.path).await
         };
-        let leftovers = files.remove();
-        match named {
-            Ok(()) => Ok(()),
-            Err(error) => Err(error.leaving(leftovers)),
-        }
+        let named = named.await;
+        let leftovers = files.remove().await;
+        named.map_err(|error| error.leaving(leftovers))
     }
 
     /// Removes what there is; returns what could not be removed.
     pub async fn abort(self) -> Vec<String> {
         let Self {
-            partial,
-            private,
+            files,
             daemon,
             client,
             ..
         } = self;
         client.close().await;
         let stopped = daemon.stop().await;
-        let mut leftovers = Files { partial, private }.remove();
+        let mut leftovers = files.remove().await;
         if let Err(error) = stopped {
             leftovers.push(error.chain());
         }

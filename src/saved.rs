@@ -3,7 +3,7 @@
 //! Pure: the texts of the notes ([`crate::qemu::note`]).
 //!
 //! ```text
-//! qf-SESSION-owner   Claim     before anything else is made; anew once the session is open
+//! qf-SESSION-owner   Deed     before anything else is made; anew once the session is open
 //! qf-SESSION-N-at    Progress  of disk N: anew before anything of its view is given back
 //! qf-SESSION-N-tp    a path    of a file that a push of disk N has not named yet
 //! ```
@@ -22,7 +22,7 @@ const FORM: u32 = 1;
 
 /// Whose a session is, and what it holds.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Claim {
+pub struct Deed {
     form: u32,
     /// The process that it belongs to.
     pub owner: Owner,
@@ -32,7 +32,7 @@ pub struct Claim {
     pub session: Option<Saved>,
 }
 
-impl Claim {
+impl Deed {
     /// This process's, with nothing open.
     #[must_use]
     pub fn new(dir: PathBuf) -> Self {
@@ -124,9 +124,9 @@ pub fn to_text(note: &impl Serialize) -> Result<String> {
 
 /// The note of a text; `None`: it is none, or of another form.
 #[must_use]
-pub fn claim(text: &str) -> Option<Claim> {
-    let claim: Claim = serde_json::from_str(text).ok()?;
-    (claim.form == FORM).then_some(claim)
+pub fn deed(text: &str) -> Option<Deed> {
+    let deed: Deed = serde_json::from_str(text).ok()?;
+    (deed.form == FORM).then_some(deed)
 }
 
 /// The progress that a text tells; `None`: none.
@@ -140,9 +140,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_claim_is_read_as_it_was_written_and_one_of_another_form_is_not() {
-        let mut claim_there = Claim::new("/run/qf-x".into());
-        claim_there.session = Some(Saved {
+    fn a_deed_is_read_as_it_was_written_and_one_of_another_form_is_not() {
+        let mut there = Deed::new("/run/qf-x".into());
+        there.session = Some(Saved {
             chain: "default".into(),
             time_ms: 5,
             keep_ms: 6,
@@ -163,10 +163,10 @@ mod tests {
                 changed_bytes: 7,
             }],
         });
-        let text = to_text(&claim_there).unwrap();
-        assert_eq!(claim(&text), Some(claim_there));
-        assert_eq!(claim(&text.replace("\"form\":1", "\"form\":2")), None);
-        assert_eq!(claim("{}"), None);
+        let text = to_text(&there).unwrap();
+        assert_eq!(deed(&text), Some(there));
+        assert_eq!(deed(&text.replace("\"form\":1", "\"form\":2")), None);
+        assert_eq!(deed("{}"), None);
         assert_eq!(progress("[]"), None);
     }
 }

@@ -29,6 +29,9 @@ const CONNECTIONS: usize = 1024;
 /// The socket's name in its directory.
 pub(crate) const SOCKET: &str = "nbd.sock";
 
+/// What the name of its directory ends with: that of its session's, and this.
+pub(crate) const SERVER_DIR: &str = "-nbd";
+
 /// The server of one monitor; clones share it.
 #[derive(Clone, Debug, Default)]
 pub struct Server {
@@ -86,20 +89,25 @@ impl Server {
     /// ours from now on.
     ///
     /// # Errors
-    /// [`Kind::NbdServerBusy`] where ours is another one.
+    /// [`Kind::NbdServerBusy`] where ours is another one; [`Kind::MonitorProtocol`] for an
+    /// address that none of ours has.
     pub(crate) async fn take_over(
         &self,
         socket: PathBuf,
         teardown: &mut Teardown,
     ) -> Result<Address> {
+        let doing = "taking over the NBD server";
+        if !is_ours(&socket) {
+            let why = format!("{} is none of ours", socket.display());
+            return Err(Error::new(Kind::MonitorProtocol, doing).because(why));
+        }
         let mut running = self.running.lock().await;
         let address = Address::Unix(socket.clone());
         match &mut *running {
             Some(running) if running.address == address => running.users += 1,
             Some(_) => {
                 return Err(
-                    Error::new(Kind::NbdServerBusy, "taking over the NBD server")
-                        .because("another one of ours runs"),
+                    Error::new(Kind::NbdServerBusy, doing).because("another one of ours runs")
                 );
             }
             none => {
@@ -142,6 +150,17 @@ impl Server {
             Error::new(Kind::Internal, format!("removing {}", dir.display())).because(error)
         })
     }
+}
+
+/// Whether a session of ours would have its server there. Its directory is removed with it, and
+/// a note could say anything.
+fn is_ours(socket: &Path) -> bool {
+    let dir = socket.parent().and_then(Path::file_name);
+    let dir = dir.and_then(|name| name.to_str()).unwrap_or_default();
+    socket.is_absolute()
+        && socket.file_name().is_some_and(|name| *name == *SOCKET)
+        && dir.starts_with(PREFIX)
+        && dir.ends_with(SERVER_DIR)
 }
 
 async fn start(qmp: &Qmp, path: &Path) -> Result<()> {

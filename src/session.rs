@@ -352,9 +352,8 @@ impl Session {
         self.over.cancel();
         for disk in &self.disks {
             // What QEMU does for the host was cancelled, and cleans up.
-            let work = tokio::time::timeout(WORK_DEADLINE, disk.view.at_work()).await;
+            let _work = tokio::time::timeout(WORK_DEADLINE, disk.view.at_work()).await;
             disk.view.close().await;
-            drop(work);
             self.teardown.append(disk.view.take_left());
         }
         std::mem::take(&mut self.teardown).run(&self.qmp).await

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Kind, Result};
 use crate::qemu::{Qmp, note, step};
-use crate::saved::{self, Claim, Saved};
+use crate::saved::{self, Deed, Saved};
+use crate::server::SERVER_DIR;
 use crate::teardown::{Teardown, Undo};
 
 /// The sessions that this process holds. One that it has lost, because its monitor's
@@ -46,7 +47,7 @@ impl Drop for Hold {
 pub(crate) struct Stake {
     /// The session's id.
     pub(crate) id: String,
-    claim: Claim,
+    deed: Deed,
     _hold: Arc<Hold>,
 }
 
@@ -63,33 +64,36 @@ impl Stake {
     ) -> Result<Self> {
         let hold = Hold::take(&id);
         let dir = runtime_dir.join(format!("{}{id}", step::PREFIX));
-        let claim = Claim::new(dir.clone());
+        // Whoever finds it works in another directory.
+        let dir = std::path::absolute(&dir).map_err(|error| unusable(&dir, error))?;
+        let deed = Deed::new(dir.clone());
         let note = step::owner_note(&id);
         teardown.push(Undo::Object { id: note.clone() });
-        note::add(qmp, &note, &saved::to_text(&claim)?).await?;
-        teardown.push(Undo::Directory(dir.clone()));
+        note::add(qmp, &note, &saved::to_text(&deed)?).await?;
         make_private(&dir)?;
+        // Not before: what is there already is somebody else's.
+        teardown.push(Undo::Directory(dir));
         Ok(Self {
             id,
-            claim,
+            deed,
             _hold: hold,
         })
     }
 
     /// Its directory, which only this process's user may enter.
     pub(crate) fn dir(&self) -> &Path {
-        &self.claim.dir
+        &self.deed.dir
     }
 
     /// The directory of QEMU's NBD server, if this session is the one to start it. It may
     /// outlive the session: the server is shared.
     pub(crate) fn server_dir(&self) -> PathBuf {
-        server_dir(&self.claim.dir)
+        server_dir(&self.deed.dir)
     }
 
     /// Whether the session shall outlive its host.
     pub(crate) fn is_kept(&self) -> bool {
-        let session = self.claim.session.as_ref();
+        let session = self.deed.session.as_ref();
         session.is_some_and(|session| session.keep_ms > 0)
     }
 
@@ -98,7 +102,7 @@ impl Stake {
     /// # Errors
     /// QEMU's.
     pub(crate) async fn open(&mut self, qmp: &Qmp, session: Saved) -> Result<()> {
-        self.claim.session = Some(session);
+        self.deed.session = Some(session);
         self.tell(qmp).await
     }
 
@@ -106,18 +110,18 @@ impl Stake {
     ///
     /// # Errors
     /// QEMU's.
-    pub(crate) async fn take_over(qmp: &Qmp, id: String, claim: Claim) -> Result<Self> {
-        let mut mine = Claim::new(claim.dir);
-        mine.session = claim.session;
-        let claim = mine;
+    pub(crate) async fn take_over(qmp: &Qmp, id: String, deed: Deed) -> Result<Self> {
+        let mut mine = Deed::new(deed.dir);
+        mine.session = deed.session;
+        let deed = mine;
         let _hold = Hold::take(&id);
-        let stake = Self { id, claim, _hold };
+        let stake = Self { id, deed, _hold };
         stake.tell(qmp).await?;
         Ok(stake)
     }
 
     async fn tell(&self, qmp: &Qmp) -> Result<()> {
-        let text = saved::to_text(&self.claim)?;
+        let text = saved::to_text(&self.deed)?;
         note::change(qmp, &step::owner_note(&self.id), &text).await
     }
 }
@@ -125,15 +129,45 @@ impl Stake {
 /// Where the NBD server of the session whose directory this is lies, if it started one.
 pub(crate) fn server_dir(session_dir: &Path) -> PathBuf {
     let mut name = session_dir.as_os_str().to_owned();
-    name.push("-nbd");
+    name.push(SERVER_DIR);
     PathBuf::from(name)
 }
 
-/// Makes a new directory for us alone.
+/// Makes a new directory for us alone. Whatever is there already is an error, and stays.
 pub(crate) fn make_private(dir: &Path) -> Result<()> {
     let made = std::fs::DirBuilder::new().mode(0o700).create(dir);
-    made.map_err(|error| {
-        let doing = format!("making a private directory {}", dir.display());
-        Error::new(Kind::ScratchUnavailable, doing).because(error)
-    })
+    made.map_err(|error| unusable(dir, error))
+}
+
+fn unusable(dir: &Path, error: std::io::Error) -> Error {
+    let doing = format!("making a private directory {}", dir.display());
+    Error::new(Kind::ScratchUnavailable, doing).because(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, symlink};
+
+    #[test]
+    fn a_private_directory_is_new_and_ours_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let place = |name: &str| folder.path().join(name);
+        make_private(&place("new")).unwrap();
+        let mode = std::fs::metadata(place("new"))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o7777, 0o700);
+        std::fs::create_dir(place("theirs")).unwrap();
+        std::fs::write(place("file"), "").unwrap();
+        symlink(place("theirs"), place("link")).unwrap();
+        symlink(place("nothing"), place("dangling")).unwrap();
+        for planted in ["new", "theirs", "file", "link", "dangling"] {
+            let error = make_private(&place(planted)).unwrap_err();
+            assert_eq!(error.kind(), Kind::ScratchUnavailable, "{planted}");
+            assert!(place(planted).symlink_metadata().is_ok(), "{planted}");
+        }
+        assert!(!place("nothing").exists());
+    }
 }

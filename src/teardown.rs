@@ -13,14 +13,12 @@ use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use crate::error::{Error, Kind, Result};
+use crate::file_call;
 use crate::qemu::{Qmp, job, query};
 use crate::server::{self, Server};
 
 /// How long QEMU gets to let go of an object.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(10);
-
-/// How long a file system gets to remove a file.
-const FILE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// One thing to take away.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +71,12 @@ pub enum Undo {
     Directory(PathBuf),
 }
 
+impl Undo {
+    fn is_file(&self) -> bool {
+        matches!(self, Self::File(_) | Self::Directory(_))
+    }
+}
+
 impl std::fmt::Display for Undo {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -113,6 +117,16 @@ impl Teardown {
         self.steps.retain(|step| step != undo);
     }
 
+    /// The files and directories that it removes.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.steps.iter().filter_map(|step| match step {
+            Undo::File(path) | Undo::Directory(path) => Some(path.as_path()),
+            // With its directory.
+            Undo::OldServer(socket) => socket.parent(),
+            _ => None,
+        })
+    }
+
     /// Takes one thing away, before its turn.
     ///
     /// # Errors
@@ -147,8 +161,7 @@ impl Teardown {
         let (mut leftovers, mut kept) = (Vec::new(), Vec::new());
         let (mut is_closed, mut is_slow) = (false, false);
         while let Some(step) = self.steps.pop() {
-            let is_ours = matches!(step, Undo::File(_) | Undo::Directory(_));
-            let undone = if is_slow && !is_ours {
+            let undone = if is_slow && !step.is_file() {
                 Err(Error::new(Kind::QemuTimeout, "not tried").because("QEMU is too slow"))
             } else {
                 undo(qmp, &step).await
@@ -184,9 +197,13 @@ impl Drop for Teardown {
 }
 
 async fn undo(qmp: &Qmp, step: &Undo) -> Result<()> {
-    // Until what it takes away is gone.
-    let turn = qmp.turn().await;
-    let qmp = &*turn;
+    // Until what it takes away is gone. A file may take its time, and is none of QEMU's.
+    let turn = if step.is_file() {
+        None
+    } else {
+        Some(qmp.turn().await)
+    };
+    let qmp = turn.as_deref().unwrap_or(qmp);
     match step {
         Undo::Export { id } => remove_export(qmp, id).await,
         Undo::Server(server) => server.leave(qmp).await,
@@ -197,23 +214,10 @@ async fn undo(qmp: &Qmp, step: &Undo) -> Result<()> {
         Undo::Job { id } => job::cancel(qmp, id, RELEASE_DEADLINE).await,
         Undo::Bitmap { node, name } => remove_bitmap(qmp, node, name).await,
         Undo::FdSet { id } => remove_fdset(qmp, *id).await,
-        Undo::File(path) => gone(path, |path| std::fs::remove_file(path)).await,
-        Undo::Directory(path) => gone(path, |path| std::fs::remove_dir_all(path)).await,
-    }
-}
-
-/// A file system that hangs holds up a thread, and nothing else.
-async fn gone(path: &Path, remove: fn(&Path) -> std::io::Result<()>) -> Result<()> {
-    let path = path.to_owned();
-    let removed = tokio::task::spawn_blocking(move || remove(&path));
-    let failed = |kind| Error::new(kind, "removing a file");
-    match tokio::time::timeout(FILE_DEADLINE, removed).await {
-        Err(_elapsed) => Err(failed(Kind::TargetTimeout).because("its file system hangs")),
-        Ok(Err(panic)) => Err(failed(Kind::Internal).because(panic)),
-        Ok(Ok(Err(error))) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(failed(Kind::Internal).because(error))
+        Undo::File(path) => file_call::remove(path, |path| std::fs::remove_file(path)).await,
+        Undo::Directory(path) => {
+            file_call::remove(path, |path| std::fs::remove_dir_all(path)).await
         }
-        Ok(Ok(_)) => Ok(()),
     }
 }
 

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::checkpoint::GRANULARITY;
+use crate::entry;
 use crate::error::{Error, Kind, Result};
 use crate::export::{self, Exported, Gate};
 use crate::extent::{Range, inner_aligned, length, next_cut};
@@ -18,7 +19,7 @@ use crate::plan::DiskPlan;
 use crate::qemu::query::{self, Version};
 use crate::qemu::step::Names;
 use crate::qemu::{Qmp, note};
-use crate::relay::Stream;
+use crate::relay::Socket;
 use crate::saved::{self, Progress};
 use crate::scratch::Scratch;
 use crate::session::now_ms;
@@ -26,7 +27,7 @@ use crate::teardown::Teardown;
 
 /// How long QEMU's NBD server gets to greet, and to answer one request. A
 /// storage that hangs longer than this ends the stream, not the backup.
-const NBD_DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const NBD_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Longest range of one TRIM: fits compact headers.
 const STEP: u64 = 1 << 30;
@@ -44,8 +45,8 @@ const TRIMS: usize = 8;
 /// Where a disk's stream stands.
 #[derive(Debug, Default)]
 struct State {
-    /// A stream is open.
-    active: bool,
+    /// Whether a stream is open.
+    active: Active,
     /// A stream reached the end of the disk, or a push is done.
     complete: bool,
     /// The host reads it by itself.
@@ -66,6 +67,28 @@ struct State {
     lost: bool,
     /// What a push has made, and could not take away.
     left: Teardown,
+    /// Its session ends.
+    over: bool,
+}
+
+/// What works on a view.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Active {
+    #[default]
+    Nobody,
+    /// A pull: what it has read can be given back.
+    Pull,
+    /// A push or a map: it needs all, to its end.
+    Whole,
+}
+
+/// What nobody may read any more, before QEMU knows of it.
+#[derive(Debug)]
+#[must_use]
+pub struct Released {
+    /// All before it is given back.
+    pub offset: u64,
+    range: Range,
 }
 
 /// A disk's view.
@@ -163,8 +186,21 @@ impl View {
     }
 
     /// Waits until QEMU does not work on it, and lets nobody else begin.
-    pub(crate) async fn at_work(&self) -> tokio::sync::MutexGuard<'_, ()> {
-        self.at_work.lock().await
+    ///
+    /// # Errors
+    /// [`Kind::Cancelled`] where its session ends: what is made now would be left behind.
+    pub(crate) async fn at_work(&self) -> Result<tokio::sync::MutexGuard<'_, ()>> {
+        let guard = self.at_work.lock().await;
+        self.check_open().map(|()| guard)
+    }
+
+    fn check_open(&self) -> Result<()> {
+        if self.state().over {
+            return Err(Error::new(Kind::Cancelled, "beginning to work on a view")
+                .because("its backup has ended")
+                .on_disk(self.disk.clone()));
+        }
+        Ok(())
     }
 
     /// Whether a client that reads as it likes is answered rightly. See [`View::read_max`].
@@ -244,22 +280,6 @@ impl View {
         }
     }
 
-    /// The host has stored what lies before `offset`, and a stream can go on there by
-    /// `mark`: kept in QEMU first, then given back as by [`View::release`].
-    pub async fn acknowledge(&self, offset: u64, mark: String) -> u64 {
-        {
-            let mut state = self.state();
-            if offset <= state.released {
-                return state.released;
-            }
-            state.mark = Some(mark);
-        }
-        let from = self.pass(offset);
-        self.remember().await;
-        self.give_back(from, offset).await;
-        offset
-    }
-
     /// Whether a stream has reached the end of the disk, it was pushed, or the host reads
     /// it by itself.
     #[must_use]
@@ -295,13 +315,22 @@ impl View {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Claims the view for a stream that starts at `offset`.
-    pub(crate) fn start(&self, offset: u64) -> Result<()> {
+    /// Claims the view for a pull that starts at `offset`.
+    pub(crate) fn start_pull(&self, offset: u64) -> Result<()> {
+        self.claim(offset, Active::Pull)
+    }
+
+    /// Claims all of the view, for a push or a map.
+    pub(crate) fn start(&self) -> Result<()> {
+        self.claim(0, Active::Whole)
+    }
+
+    fn claim(&self, offset: u64, by: Active) -> Result<()> {
         if let Some(error) = self.scratch_full() {
             return Err(error);
         }
         let mut state = self.state();
-        if state.active {
+        if state.active != Active::Nobody {
             return Err(
                 Error::new(Kind::StreamActive, "starting a stream").on_disk(self.disk.clone())
             );
@@ -317,7 +346,7 @@ impl View {
                 .on_disk(self.disk.clone())
                 .at(state.released));
         }
-        state.active = true;
+        state.active = by;
         Ok(())
     }
 
@@ -332,6 +361,12 @@ impl View {
         self.remember().await;
     }
 
+    /// Whether a push has begun that gave back what it wrote: nothing can follow.
+    #[must_use]
+    pub fn is_spent(&self) -> bool {
+        self.state().spent
+    }
+
     /// A push could not take this away.
     pub(crate) fn leave(&self, left: Teardown) {
         self.state().left.append(left);
@@ -341,11 +376,14 @@ impl View {
         std::mem::take(&mut self.state().left)
     }
 
-    /// The stream is over; `complete`: it reached the end of the disk.
-    pub(crate) fn stop(&self, complete: bool) {
-        let mut state = self.state();
-        state.active = false;
-        state.complete |= complete;
+    /// The stream is over.
+    pub(crate) fn stop(&self) {
+        self.state().active = Active::Nobody;
+    }
+
+    /// A stream has reached the end of the disk, or it was pushed.
+    pub(crate) fn complete(&self) {
+        self.state().complete = true;
     }
 
     /// A connection for the view's bytes, and what is allocated.
@@ -374,7 +412,8 @@ impl View {
     }
 
     async fn connect(&self, context: Option<&str>) -> Result<Client> {
-        Client::connect(&self.address, &self.names.view(), context, NBD_DEADLINE).await
+        let export = self.names.view();
+        entry::connect(&self.qmp, &self.address, &export, context, NBD_DEADLINE).await
     }
 
     /// Counts what changed since the base, in whole granules: the disk's size in a full.
@@ -409,50 +448,91 @@ impl View {
         Ok(changed)
     }
 
-    /// The host has, or wants no more, what lies before `offset`: QEMU may forget
-    /// it. A failure costs scratch room, not the backup, and is only logged. What may be
-    /// forgotten by now: `offset`, or more.
-    pub async fn release(&self, offset: u64) -> u64 {
-        let from = self.pass(offset);
-        self.give_back(from, offset).await;
-        offset.max(from)
+    /// Whether the host can say what it has of the view; and whether it can be any part,
+    /// because it reads it by itself.
+    ///
+    /// # Errors
+    /// [`Kind::StreamActive`] where that would take it away under a stream.
+    pub fn check_release(&self) -> Result<bool> {
+        self.may_release(&self.state())
     }
 
-    /// Counts what lies before `offset` as given back; what was so far.
-    fn pass(&self, offset: u64) -> u64 {
-        let mut state = self.state();
-        let from = state.released;
-        state.released = offset.max(from);
-        from
-    }
-
-    async fn give_back(&self, from: u64, offset: u64) {
-        if offset <= from {
-            return;
+    fn may_release(&self, state: &State) -> Result<bool> {
+        match (state.active, state.exported) {
+            (Active::Nobody, exported) => Ok(exported),
+            (Active::Pull, false) => Ok(false),
+            _ => Err(
+                Error::new(Kind::StreamActive, "giving back a part of the view")
+                    .on_disk(self.disk.clone()),
+            ),
         }
+    }
+
+    /// The host has, or wants no more, what lies before `offset`: from here on nobody may
+    /// read it, and [`View::give_back`] tells QEMU so. What is given back by now: all before
+    /// `offset`, or more.
+    ///
+    /// # Errors
+    /// As of [`View::check_release`].
+    pub fn release(&self, offset: u64) -> Result<Released> {
+        let mut state = self.state();
+        self.may_release(&state)?;
+        Ok(self.release_in(&mut state, offset))
+    }
+
+    /// As [`View::release`]; a stream can go on at `offset` by `mark`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn acknowledge(&self, offset: u64, mark: String) -> Result<Released> {
+        let mut state = self.state();
+        self.may_release(&state)?;
+        if offset > state.released {
+            state.mark = Some(mark);
+        }
+        Ok(self.release_in(&mut state, offset))
+    }
+
+    fn release_in(&self, state: &mut State, offset: u64) -> Released {
+        let from = state.released;
+        state.released = from.max(offset);
         let start = from / GRANULARITY * GRANULARITY;
-        let range = inner_aligned(&(start..offset), GRANULARITY, self.size);
-        if let Err(error) = self.trim(&range).await
+        Released {
+            offset: state.released,
+            range: if offset > from {
+                inner_aligned(&(start..offset), GRANULARITY, self.size)
+            } else {
+                0..0
+            },
+        }
+    }
+
+    /// Lets QEMU forget what was released. A failure costs scratch room, not the backup, and
+    /// is only logged.
+    pub async fn give_back(&self, released: Released) {
+        if let Err(error) = self.trim(&released.range).await
             && !std::mem::replace(&mut self.state().untrimmed, true)
         {
             warn!(
                 disk = self.disk,
-                offset,
+                offset = released.offset,
                 error = error.chain(),
                 "could not give back a part of the view; further ones are not told"
             );
         }
     }
 
-    /// As [`View::release`], once `least` bytes or more have come together; whether
-    /// they have.
-    pub(crate) async fn release_in_steps(&self, offset: u64, least: u64) -> bool {
-        let released = self.state().released;
-        let due = offset.saturating_sub(released) >= least;
-        if due {
-            self.release(offset).await;
-        }
-        due
+    /// Gives back what a pull has handed over, once `least` bytes or more have come together;
+    /// nothing of what others read too.
+    pub(crate) async fn give_back_in_steps(&self, offset: u64, least: u64) {
+        let released = {
+            let mut state = self.state();
+            if state.exported || offset.saturating_sub(state.released) < least {
+                return;
+            }
+            self.release_in(&mut state, offset)
+        };
+        self.give_back(released).await;
     }
 
     async fn trim(&self, range: &Range) -> Result<()> {
@@ -482,41 +562,67 @@ impl View {
         Ok(())
     }
 
-    /// Lets the host's own clients read it, over sockets below `runtime_dir`, until the
-    /// session ends. Whether they have read all is the host's word.
+    /// Lets the host's own clients read it, over sockets below `runtime_dir` and at the other
+    /// end of `client`, until the session ends. Whether they have read all is the host's word.
     ///
     /// # Errors
-    /// [`Kind::OffsetReleased`]; [`Kind::QemuUnsupported`] where this QEMU would answer them
-    /// wrongly; QEMU's; NBD's.
-    pub async fn export(&self, runtime_dir: &Path) -> Result<Exported> {
+    /// [`Kind::StreamActive`] while a push works on it; [`Kind::OffsetReleased`];
+    /// [`Kind::QemuUnsupported`] where this QEMU would answer them wrongly; QEMU's; NBD's.
+    /// `client` is as it was then.
+    pub async fn export(&self, runtime_dir: &Path, client: Option<Socket>) -> Result<Exported> {
         if let Some(error) = self.scratch_full() {
             return Err(error);
         }
-        {
-            let state = self.state();
-            if !state.exported && (state.spent || state.released > 0) {
-                return Err(
-                    Error::new(Kind::OffsetReleased, "exporting a point in time")
-                        .because("a part of it was given back")
-                        .on_disk(self.disk.clone())
-                        .at(state.released),
-                );
-            }
-        }
-        let _session_waits = self.at_work().await;
         let mut gate = self.gate.lock().await;
         let open = match gate.take() {
             Some(open) => open,
-            None => export::open(self, runtime_dir).await?,
+            None => self.open_gate(runtime_dir).await?,
         };
-        let exported = gate.insert(open).exported().clone();
-        self.state().exported = true;
-        Ok(exported)
+        let open = gate.insert(open);
+        if let Some(client) = client {
+            open.admit(client).await?;
+        }
+        Ok(open.exported().clone())
     }
 
-    /// Carries bytes between the server of an exported view and `client`, until either ends.
-    pub async fn admit(&self, client: impl Stream) {
-        export::admit(client, self.address.clone()).await;
+    async fn open_gate(&self, runtime_dir: &Path) -> Result<Gate> {
+        // Whoever is at work is a push: it may last for hours, and take the view away.
+        let _session_waits = self.at_work.try_lock().map_err(|_busy| {
+            Error::new(Kind::StreamActive, "exporting a point in time")
+                .because("a push of it is under way")
+                .on_disk(self.disk.clone())
+        })?;
+        self.check_open()?;
+        self.check_whole(&self.state())?;
+        let gate = export::open(self, runtime_dir).await?;
+        // A pull may have given back a part meanwhile; from here on none does.
+        match self.lend() {
+            Ok(()) => Ok(gate),
+            Err(error) => {
+                gate.close().await;
+                Err(error)
+            }
+        }
+    }
+
+    fn lend(&self) -> Result<()> {
+        let mut state = self.state();
+        self.check_whole(&state)?;
+        state.exported = true;
+        Ok(())
+    }
+
+    /// Whether all of it is there still, for others to read.
+    fn check_whole(&self, state: &State) -> Result<()> {
+        if state.spent || state.released > 0 {
+            return Err(
+                Error::new(Kind::OffsetReleased, "exporting a point in time")
+                    .because("a part of it was given back")
+                    .on_disk(self.disk.clone())
+                    .at(state.released),
+            );
+        }
+        Ok(())
     }
 
     /// Whether all of it can be read, as far as nothing was given back by streams.
@@ -527,12 +633,14 @@ impl View {
 
     /// Whether the host's own clients can read it.
     #[must_use]
-    pub fn is_exported(&self) -> bool {
+    pub(crate) fn is_exported(&self) -> bool {
         self.state().exported
     }
 
-    /// Closes our connections, and the host's clients'.
+    /// The session ends: nobody begins to work on it any more. Closes our connections, and
+    /// the host's clients'.
     pub(crate) async fn close(&self) {
+        self.state().over = true;
         if let Some(gate) = self.gate.lock().await.take() {
             gate.close().await;
         }

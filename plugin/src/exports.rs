@@ -1,11 +1,9 @@
 //! `backup.export` and `backup.map`: the host reads by itself.
 
-use std::sync::Arc;
-
 use qemu_fleece_engine::export::Exported;
 use qemu_fleece_engine::extent::{Content, length};
 use qemu_fleece_engine::map::Map;
-use qemu_fleece_engine::relay;
+use qemu_fleece_engine::relay::Socket;
 use qemu_fleece_engine::view::View;
 use qemu_fleece_protocol::envelope::notification_line;
 use qemu_fleece_protocol::error::StateLeft;
@@ -17,6 +15,7 @@ use qemu_fleece_protocol::record::Begin;
 use qemu_fleece_protocol::{Code, Id, WireError};
 use tokio_util::sync::CancellationToken;
 
+use crate::inherited::Inherited;
 use crate::requests::{Outcome, Started, spawn, stream, to_raw};
 use crate::serve::Server;
 use crate::wire;
@@ -29,42 +28,31 @@ const BATCH: usize = 4096;
 pub(crate) fn export(server: &mut Server, id: &Id, params: ExportParams) -> Started {
     let socket = match params.socket.as_deref() {
         None => None,
-        Some(text) => match server.config.inherited.copy(text)? {
-            None => {
-                let why = "`socket` is fd:N";
-                return Err(WireError::new(Code::InvalidParams, why));
-            }
-            Some(fd) => Some(relay::socket(fd).map_err(|error| {
-                WireError::new(Code::InvalidParams, format!("{text:?}: {error}"))
-            })?),
-        },
+        Some(text) => Some(socket(text, &server.config.inherited)?),
     };
     let backup = server.backups.get_mut(&params.backup)?;
     let view = backup.session.exporting(&params.disk);
-    let view = view.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen))?;
-    let over = backup.session.over();
+    let view = view.map_err(|error| wire::unchanged(&error))?;
     let dir = backup.session.dir().to_owned();
     let begin = backup.disk(&params.disk)?.begin.clone();
     Ok(spawn(server, id, async move {
-        let exported = view.export(&dir).await;
-        Outcome::Reply(match exported {
-            Err(error) => Err(wire::to_error(&error, StateLeft::BackupOpen)),
-            Ok(exported) => {
-                view.remember().await;
-                if let Some((socket, hangup)) = socket {
-                    let view = Arc::clone(&view);
-                    tokio::spawn(async move {
-                        let _until_then = hangup;
-                        tokio::select! {
-                            () = over.cancelled() => {}
-                            () = view.admit(socket) => {}
-                        }
-                    });
-                }
-                to_result(&exported, &view, &begin).and_then(to_raw)
-            }
-        })
+        let exported = view.export(&dir, socket).await;
+        view.remember().await;
+        let exported = exported.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen));
+        Outcome::Reply(
+            exported
+                .and_then(|exported| to_result(&exported, &view, &begin))
+                .and_then(to_raw),
+        )
     }))
+}
+
+/// The socket of `fd:N`, which stays the host's until the disk is exported.
+fn socket(text: &str, inherited: &Inherited) -> Result<Socket, WireError> {
+    let invalid = |why: String| WireError::new(Code::InvalidParams, why);
+    let fd = inherited.copy(text)?;
+    let fd = fd.ok_or_else(|| invalid("`socket` is fd:N".to_owned()))?;
+    Socket::check(fd).map_err(|error| invalid(format!("{text:?}: {error}")))
 }
 
 fn to_result(exported: &Exported, view: &View, begin: &Begin) -> Result<ExportResult, WireError> {

@@ -5,13 +5,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use qemu_fleece_engine::nbd::wire::MAX_STRING;
 use qemu_fleece_engine::push::{self, MAX_WORKERS, Options, Progress};
-use qemu_fleece_engine::relay;
+use qemu_fleece_engine::relay::Socket;
 use qemu_fleece_engine::target::{NbdServer, Place, Target, Tls};
 use qemu_fleece_engine::view::View;
 use qemu_fleece_protocol::backup::Mode;
 use qemu_fleece_protocol::envelope::notification_line;
-use qemu_fleece_protocol::error::StateLeft;
 use qemu_fleece_protocol::event::ProgressParams;
 use qemu_fleece_protocol::push as protocol;
 use qemu_fleece_protocol::push::{PushParams, PushResult};
@@ -115,7 +115,7 @@ impl Teller {
         };
         self.tell().await;
         self.view.remember().await;
-        let copied_bytes = pushed.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen))?;
+        let copied_bytes = pushed.map_err(|error| wire::of_view(&error, &self.view))?;
         Ok(PushResult {
             mode,
             copied_bytes,
@@ -177,14 +177,16 @@ fn from_target(
     compress: bool,
     inherited: &Inherited,
 ) -> Result<Option<Target>, WireError> {
-    let can_compress = match &target {
-        protocol::Target::File { format, .. } | protocol::Target::Existing { format, .. } => {
-            *format == Format::Qcow2
+    // QEMU writes no compressed cluster where there is one already.
+    let can_compress = matches!(
+        &target,
+        protocol::Target::File {
+            format: Format::Qcow2,
+            ..
         }
-        _ => false,
-    };
+    );
     if compress && !can_compress {
-        return Err(invalid("compress is for qcow2 files only"));
+        return Err(invalid("compress is for new qcow2 files only"));
     }
     Ok(Some(match target {
         protocol::Target::Records {} => return Ok(None),
@@ -209,6 +211,10 @@ fn from_target(
             format: wire::from_format(format),
             is_zero,
         },
+        protocol::Target::Nbd { export, .. } if export.len() > MAX_STRING => {
+            let why = format!("the export's name is longer than {MAX_STRING} bytes");
+            return Err(invalid(why));
+        }
         protocol::Target::Nbd {
             address,
             export,
@@ -225,9 +231,10 @@ fn from_target(
 
 fn from_address(address: &str, inherited: &Inherited) -> Result<NbdServer, WireError> {
     if let Some(fd) = inherited.copy(address)? {
-        let socket = relay::socket(fd);
-        let (socket, hangup) = socket.map_err(|error| invalid(format!("{address:?}: {error}")))?;
-        return Ok(NbdServer::Connected(socket, hangup));
+        // It stays the host's until the push speaks with it.
+        let socket = Socket::check(fd);
+        let socket = socket.map_err(|error| invalid(format!("{address:?}: {error}")))?;
+        return Ok(NbdServer::Connected(socket));
     }
     match address.split_once(':') {
         Some(("unix", path)) if path.starts_with('/') => Ok(NbdServer::Unix(PathBuf::from(path))),

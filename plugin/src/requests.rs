@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use qemu_fleece_engine::begin::Begun;
-use qemu_fleece_engine::inspect;
 use qemu_fleece_engine::restore::{Restore, Target};
 use qemu_fleece_engine::session::{Session, random_id};
+use qemu_fleece_engine::{Error, inspect};
 use qemu_fleece_protocol::backup::{
     AbortParams, AbortResult, AckParams, AckResult, CommitParams, CommitResult, ReadParams,
 };
@@ -286,18 +286,25 @@ fn backup_read(server: &mut Server, id: &Id, params: ReadParams) -> Started {
 fn backup_ack(server: &mut Server, id: &Id, params: AckParams) -> Started {
     let backup = server.backups.get(&params.backup)?;
     let view = backup.view(&params.disk)?;
-    let marks = Arc::clone(&backup.disk(&params.disk)?.marks);
+    let marks = &backup.disk(&params.disk)?.marks;
+    let active = |error: Error| wire::to_error(&error, StateLeft::BackupOpen);
+    let (released, resume) = if view.check_release().map_err(active)? {
+        let released = view.release(params.offset.min(view.size()));
+        let released = released.map_err(active)?;
+        let resume = released.offset;
+        (released, resume)
+    } else {
+        let place = marks
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .acknowledge(params.offset);
+        let released = view.acknowledge(place.offset(), place.save());
+        (released.map_err(active)?, place.offset())
+    };
     Ok(spawn(server, id, async move {
-        let resume = if view.is_exported() {
-            view.release(params.offset.min(view.size())).await
-        } else {
-            let place = marks
-                .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner)
-                .acknowledge(params.offset);
-            view.acknowledge(place.offset(), place.save()).await;
-            place.offset()
-        };
+        // First, so that a process that takes over never counts on what is gone.
+        view.remember().await;
+        view.give_back(released).await;
         Outcome::Reply(to_raw(AckResult { resume }))
     }))
 }

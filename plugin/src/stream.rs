@@ -62,13 +62,27 @@ impl Source {
             Self::Push(push) => push.next().await,
         }
     }
+
+    /// The host has the end of the stream.
+    fn finish(self) {
+        match self {
+            Self::Pull(pull, _) => pull.finish(),
+            Self::Push(push) => push.finish(),
+        }
+    }
+
+    /// Ends it early; the disk is free for another request then. Returns what is left behind.
+    async fn close(self) -> Vec<String> {
+        match self {
+            Self::Pull(..) => Vec::new(),
+            Self::Push(push) => push.close().await,
+        }
+    }
 }
 
 /// A stream that has started.
 struct Running {
     stream: Stream,
-    /// None once it is over.
-    source: Option<Source>,
     writer: Writer,
     read_bytes: u64,
     scratch_peak: u64,
@@ -93,8 +107,9 @@ pub(crate) async fn run(
     cut: u64,
 ) -> Result<ReadResult, WireError> {
     let on_read = params.release == Release::OnRead;
+    let view = Arc::clone(&stream.view);
     let pull = Pull::open(
-        Arc::clone(&stream.view),
+        Arc::clone(&view),
         params.offset,
         on_read,
         stream.cancel.clone(),
@@ -102,7 +117,7 @@ pub(crate) async fn run(
     .await;
     let pull = match pull {
         Ok(pull) => pull.cut_at(cut),
-        Err(error) => return Err(wire::to_error(&error, StateLeft::BackupOpen)),
+        Err(error) => return Err(wire::of_view(&error, &view)),
     };
     let writer = marks
         .lock()
@@ -115,7 +130,7 @@ pub(crate) async fn run(
     }
     stream.begin.offset = params.offset;
     let source = Source::Pull(Box::new(pull), marks);
-    let told = Running::start(stream, source, writer).run().await?;
+    let told = Running::start(stream, writer).run(source).await?;
     Ok(ReadResult {
         digest: told.digest,
         read_bytes: told.read_bytes,
@@ -135,7 +150,7 @@ pub(crate) async fn run_push(
     let push = push.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen))?;
     let (mode, writer) = (stream.begin.mode, Writer::new(&stream.begin));
     let source = Source::Push(Box::new(push));
-    let told = Running::start(stream, source, writer).run().await?;
+    let told = Running::start(stream, writer).run(source).await?;
     Ok(PushResult {
         mode,
         copied_bytes: told.read_bytes,
@@ -154,10 +169,9 @@ struct Told {
 }
 
 impl Running {
-    fn start(stream: Stream, source: Source, writer: Writer) -> Self {
+    fn start(stream: Stream, writer: Writer) -> Self {
         Self {
             stream,
-            source: Some(source),
             writer,
             read_bytes: 0,
             scratch_peak: 0,
@@ -165,20 +179,24 @@ impl Running {
         }
     }
 
-    async fn run(mut self) -> Result<Told, WireError> {
+    async fn run(mut self, mut source: Source) -> Result<Told, WireError> {
         let started = Instant::now();
-        let streamed = self.stream().await;
-        // The disk is free for another request before this one is answered.
-        self.source = None;
-        self.stream.view.remember().await;
-        match streamed {
-            Ok(digest) => Ok(Told {
-                digest,
-                read_bytes: self.read_bytes,
-                scratch_peak: self.scratch_peak,
-                duration_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
-            }),
-            Err(error) => {
+        // Before anybody is told, all is cleaned up, and the disk free for another request.
+        match self.stream(&mut source).await {
+            Ok(digest) => {
+                source.finish();
+                self.stream.view.remember().await;
+                Ok(Told {
+                    digest,
+                    read_bytes: self.read_bytes,
+                    scratch_peak: self.scratch_peak,
+                    duration_ms: u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+                })
+            }
+            Err(mut error) => {
+                error.data.leftovers.extend(source.close().await);
+                self.stream.view.remember().await;
+                let error = error.left(wire::left_of(&self.stream.view));
                 let (code, action) = (error.data.code.name().to_owned(), error.data.action);
                 let failed = Record::Failed {
                     code,
@@ -192,10 +210,10 @@ impl Running {
         }
     }
 
-    async fn stream(&mut self) -> Result<String, WireError> {
+    async fn stream(&mut self, source: &mut Source) -> Result<String, WireError> {
         self.send_or_cancel(Record::Begin(self.stream.begin.clone()), None)
             .await?;
-        while let Some(chunk) = self.next().await? {
+        while let Some(chunk) = self.next(source).await? {
             let record = match (&chunk.extent.content, &chunk.bytes) {
                 (Content::Data, Some(bytes)) => self.writer.data(bytes),
                 (Content::Zero { hole }, _) => self.writer.zero(length(&chunk.extent.range), *hole),
@@ -205,22 +223,21 @@ impl Running {
                 }
             };
             self.send_or_cancel(record, Some(chunk)).await?;
-            match &self.source {
-                Some(Source::Pull(pull, marks)) => {
+            match source {
+                Source::Pull(pull, marks) => {
                     marks
                         .lock()
                         .unwrap_or_else(PoisonError::into_inner)
                         .pass(&self.writer);
                     self.read_bytes = pull.read_bytes();
                 }
-                Some(Source::Push(push)) => self.read_bytes = push.progress().done,
-                None => {}
+                Source::Push(push) => self.read_bytes = push.progress().done,
             }
             if self.told.elapsed() >= PROGRESS_EVERY {
                 self.progress().await?;
             }
         }
-        if let Some(Source::Push(push)) = &self.source {
+        if let Source::Push(push) = source {
             self.read_bytes = push.progress().done;
         }
         self.progress().await?;
@@ -231,24 +248,19 @@ impl Running {
     }
 
     /// The next chunk, with a heartbeat as long as there is none.
-    async fn next(&mut self) -> Result<Option<Chunk>, WireError> {
-        let Some(mut source) = self.source.take() else {
-            return Ok(None);
-        };
-        let found = {
-            let next = source.next();
-            tokio::pin!(next);
-            loop {
-                let silence = self.told + HEARTBEAT;
-                tokio::select! {
-                    biased;
-                    found = &mut next => break found,
-                    () = tokio::time::sleep_until(silence) => self.progress().await?,
+    async fn next(&mut self, source: &mut Source) -> Result<Option<Chunk>, WireError> {
+        let next = source.next();
+        tokio::pin!(next);
+        loop {
+            let silence = self.told + HEARTBEAT;
+            tokio::select! {
+                biased;
+                found = &mut next => {
+                    return found.map_err(|error| wire::unchanged(&error));
                 }
+                () = tokio::time::sleep_until(silence) => self.progress().await?,
             }
-        };
-        self.source = Some(source);
-        found.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen))
+        }
     }
 
     async fn progress(&mut self) -> Result<(), WireError> {
@@ -276,10 +288,10 @@ impl Running {
         tokio::select! {
             biased;
             () = self.stream.cancel.cancelled() => {
-                Err(WireError::new(Code::Cancelled, "the request was cancelled").left(StateLeft::BackupOpen))
+                Err(WireError::new(Code::Cancelled, "the request was cancelled"))
             }
             sent = self.stream.outlet.send(frame) => sent.map_err(|_closed| {
-                WireError::new(Code::Cancelled, "standard output is closed").left(StateLeft::BackupOpen)
+                WireError::new(Code::Cancelled, "standard output is closed")
             }),
         }
     }
@@ -322,5 +334,5 @@ impl Running {
 }
 
 fn internal(error: &serde_json::Error) -> WireError {
-    WireError::new(Code::Internal, format!("writing JSON: {error}")).left(StateLeft::BackupOpen)
+    WireError::new(Code::Internal, format!("writing JSON: {error}"))
 }

@@ -27,8 +27,12 @@ pub enum Action {
 pub enum StateLeft {
     /// Everything is as it was before the request.
     Unchanged,
-    /// The stream has ended without `end`; its backup is open and may be read again.
+    /// The stream has ended without `end`, or the push has failed; the backup is open, and the
+    /// disk may be read or pushed again.
     BackupOpen,
+    /// The push has failed, and QEMU has begun to forget what it wrote: the backup is open,
+    /// but for other disks only.
+    DiskSpent,
     /// The backup or restore has ended as by abort: all is cleaned up.
     Aborted,
     /// The monitor's connection ended with a command under way: look before
@@ -113,7 +117,7 @@ codes! {
     MonitorClosed = "monitor_closed", -32000, Retry;
     /// What answers at the monitor's address does not speak QMP.
     MonitorProtocol = "monitor_protocol", -32000, AskOperator;
-    /// QEMU did not answer a command in time.
+    /// QEMU did not answer a command in time, or has pushed nothing to `records` for too long.
     QemuTimeout = "qemu_timeout", -32000, Retry;
     /// QEMU refused a command; the message has its words.
     QemuRefused = "qemu_refused", -32000, AskOperator;
@@ -160,23 +164,23 @@ codes! {
     PointInTimeLost = "point_in_time_lost", -32000, Retry;
     /// The offset was given back, or is no place to go on from; `offset` says which one is.
     OffsetReleased = "offset_released", -32000, FixRequest;
-    /// The disk is being read or pushed by another request.
+    /// The disk is being read, mapped or pushed by another request.
     StreamActive = "stream_active", -32000, FixRequest;
     /// A disk to be committed was not read to its end, pushed or exported.
     Incomplete = "incomplete", -32000, FixRequest;
     /// The target of a restore or push exists.
     TargetExists = "target_exists", -32000, FixRequest;
-    /// The target of a restore or push cannot be made or written, or is full.
+    /// The target of a restore or push is full, or its file system fails.
     TargetUnwritable = "target_unwritable", -32000, FreeSpace;
     /// The push target cannot be connected to, or does not greet.
     TargetUnreachable = "target_unreachable", -32000, Retry;
-    /// QEMU cannot use the push target: no such export, TLS or its credentials refused, no image of that format.
+    /// The target must not or cannot be used: in use, permission denied, no such export, TLS or its credentials refused, no image of that format.
     TargetRefused = "target_refused", -32000, AskOperator;
-    /// The push target cannot hold this disk: another size, read-only, clusters over 64 KiB.
+    /// The target is not what it must be: missing, or in no directory; no file or block device; read-only; of another size; with clusters over 64 KiB.
     TargetMismatch = "target_mismatch", -32000, FixRequest;
     /// Writing to the push target failed: it answered with an error, or ended.
     TargetFailed = "target_failed", -32000, Retry;
-    /// The push target took nothing for `timeout_ms`.
+    /// The push target took nothing for `timeout_ms`, or a file system does not answer.
     TargetTimeout = "target_timeout", -32000, Retry;
     /// `qemu-storage-daemon` cannot be started, or ended early.
     StorageDaemonFailed = "storage_daemon_failed", -32000, AskOperator;

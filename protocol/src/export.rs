@@ -14,7 +14,8 @@ pub struct ExportParams {
     /// The disk.
     pub disk: String,
     /// `fd:N`: a connected socket that the plugin inherited, whose other end shall be an
-    /// NBD client's; absent: clients connect to `address`.
+    /// NBD client's; absent: clients connect to `address`. It is hung up when the backup
+    /// ends, and left alone where the request is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub socket: Option<String>,
 }
@@ -32,7 +33,8 @@ pub enum Readable {
 /// Result of `backup.export`. It holds until the backup ends, in whichever way.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ExportResult {
-    /// QEMU's NBD server: `unix:/path`, in a directory that only the plugin's user may enter.
+    /// Where clients connect: `unix:/path`, in a directory that only the plugin's user may
+    /// enter. The plugin stands there, and lets them into this export of QEMU's server only.
     pub address: String,
     /// The export's name: the disk's id.
     pub export: String,

@@ -16,7 +16,7 @@ pub struct PushParams {
     pub disk: String,
     /// Where QEMU writes.
     pub target: Target,
-    /// Write compressed clusters: `qcow2` files only.
+    /// Write compressed clusters: new `qcow2` files only.
     #[serde(default)]
     pub compress: bool,
     /// Most bytes a second; absent: no limit.
@@ -26,8 +26,8 @@ pub struct PushParams {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub workers: Option<u64>,
     /// Whether QEMU forgets what it has written, so that scratch shrinks; a push that fails
-    /// cannot be repeated then. Absent: yes, where this QEMU can (9.1) and the disk is not
-    /// exported.
+    /// cannot be repeated then (`disk_spent`). Absent: yes, where this QEMU can (9.1) and the
+    /// disk is not exported.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub discard_source: Option<bool>,
     /// How long the target may take nothing before it counts as hung: 1000 to 600000;
@@ -63,7 +63,8 @@ pub enum Target {
     },
     /// An NBD server of the host's.
     Nbd {
-        /// `unix:/path`, `tcp:host:port`, or `fd:N`: a connected socket that the plugin inherited.
+        /// `unix:/path`, `tcp:host:port`, or `fd:N`: a connected socket that the plugin
+        /// inherited. It is hung up when the push that has used it ends.
         address: String,
         /// The export's name; absent: the default export, whose name is empty.
         #[serde(default)]

@@ -132,16 +132,20 @@ impl Writer {
             return None;
         };
         let state = SerializedState::<Sha256>::try_from(unhex(state)?.as_slice()).ok()?;
-        Some(Self {
-            sum: Sum {
-                digest: Sha256::deserialize(&state).ok()?,
-                records,
-                data_bytes,
-                zero_bytes,
-                same_bytes,
-            },
-            offset,
-        })
+        let sum = Sum {
+            digest: Sha256::deserialize(&state).ok()?,
+            records,
+            data_bytes,
+            zero_bytes,
+            same_bytes,
+        };
+        let writer = Self { sum, offset };
+        // Records are not empty, and lie behind each other. Numbers can be written in other
+        // ways; ours are not.
+        let bytes = [data_bytes, zero_bytes, same_bytes];
+        let bytes = bytes.into_iter().try_fold(0_u64, u64::checked_add)?;
+        let is_place = bytes == offset && offset <= MAX_NUMBER && records <= offset;
+        (is_place && writer.save() == text).then_some(writer)
     }
 
     /// Where the next record starts.

@@ -315,3 +315,30 @@ proptest! {
         }
     }
 }
+
+/// Numbers that are written in another way, and places that no stream comes to.
+#[test]
+fn a_text_that_lies_is_no_place() {
+    let mut writer = Writer::new(&begin(1 << 41, 0));
+    writer.data(b"data");
+    writer.zero(8, false);
+    let text = writer.save();
+    let state = text.rsplit_once(' ').unwrap().1;
+    assert_eq!(text, format!("12 2 4 8 0 {state}"));
+    let (head, tail) = state.split_at(2);
+    let most = u64::MAX;
+    for lie in [
+        format!("+12 2 4 8 0 {state}"),
+        format!("012 2 4 8 0 {state}"),
+        format!("12 2 4 8 0 +{}{tail}", &head[1..]),
+        format!("12 2 4 8 0 {}", state.to_uppercase()),
+        format!("13 2 4 8 0 {state}"),
+        format!("12 13 4 8 0 {state}"),
+        format!("{most} 2 4 8 0 {state}"),
+        format!("{most} 1 {most} 0 0 {state}"),
+        format!("12 2 {most} 13 0 {state}"),
+    ] {
+        assert!(Writer::load(&lie).is_none(), "{lie}");
+    }
+    assert!(Writer::load(&text).is_some());
+}

@@ -58,7 +58,7 @@ where
 {
     check_name(name)?;
     check_name(context.unwrap_or_default())?;
-    let mut talk = Talk { stream };
+    let mut talk = Talk::new(stream);
     let no_zeroes = talk.greet().await?;
     let replies = talk.replies().await?;
     let context = match context {
@@ -78,7 +78,7 @@ where
     S: AsyncRead + AsyncWrite + Unpin,
 {
     check_name(name)?;
-    let mut talk = Talk { stream };
+    let mut talk = Talk::new(stream);
     let no_zeroes = talk.greet().await?;
     let found = talk.enter(name, no_zeroes).await?;
     found.check(Replies::Simple, None)
@@ -92,7 +92,7 @@ pub(crate) async fn start_tls<S>(stream: &mut S) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    let mut talk = Talk { stream };
+    let mut talk = Talk::new(stream);
     talk.greet().await?;
     talk.option(option::START_TLS, &[]).await?;
     let reply = talk.option_reply(option::START_TLS).await?;
@@ -115,8 +115,9 @@ fn check_name(name: &str) -> Result<()> {
 
 /// What GO or EXPORT_NAME tells.
 #[derive(Default)]
-struct Found {
-    size: Option<(u64, u16)>,
+pub(super) struct Found {
+    /// Bytes, and transmission flags.
+    pub(super) size: Option<(u64, u16)>,
     blocks: Option<(u32, u32, u32)>,
 }
 
@@ -158,13 +159,14 @@ impl Found {
 }
 
 /// A reply to an option.
-struct OptionReply {
-    kind: u32,
-    data: Vec<u8>,
+pub(super) struct OptionReply {
+    /// Of [`option_reply`].
+    pub(super) kind: u32,
+    pub(super) data: Vec<u8>,
 }
 
 impl OptionReply {
-    fn is_refusal(&self) -> bool {
+    pub(super) fn is_refusal(&self) -> bool {
         self.kind & option_reply::ERROR_BIT != 0
     }
 
@@ -179,11 +181,16 @@ impl OptionReply {
     }
 }
 
-struct Talk<'a, S> {
+/// "Option haggling", the client's side.
+pub(super) struct Talk<'a, S> {
     stream: &'a mut S,
 }
 
-impl<S: AsyncRead + AsyncWrite + Unpin> Talk<'_, S> {
+impl<'a, S: AsyncRead + AsyncWrite + Unpin> Talk<'a, S> {
+    pub(super) fn new(stream: &'a mut S) -> Self {
+        Self { stream }
+    }
+
     async fn read<const N: usize>(&mut self) -> Result<[u8; N]> {
         let mut bytes = [0; N];
         self.stream.read_exact(&mut bytes).await.map_err(closed)?;
@@ -196,7 +203,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<'_, S> {
     }
 
     /// Whether NBD_OPT_EXPORT_NAME will come without zeros behind it.
-    async fn greet(&mut self) -> Result<bool> {
+    pub(super) async fn greet(&mut self) -> Result<bool> {
         let greeting: [u8; 18] = self.read().await?;
         if u64_at(&greeting, 0) != NBDMAGIC || u64_at(&greeting, 8) != IHAVEOPT {
             return Err(broken(
@@ -213,7 +220,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<'_, S> {
         Ok(no_zeroes != 0)
     }
 
-    async fn option(&mut self, option: u32, data: &[u8]) -> Result<()> {
+    pub(super) async fn option(&mut self, option: u32, data: &[u8]) -> Result<()> {
         let length = u32::try_from(data.len()).map_err(|error| broken(error.to_string()))?;
         let mut bytes = IHAVEOPT.to_be_bytes().to_vec();
         bytes.extend(option.to_be_bytes());
@@ -222,7 +229,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<'_, S> {
         self.write(&bytes).await
     }
 
-    async fn option_reply(&mut self, option: u32) -> Result<OptionReply> {
+    pub(super) async fn option_reply(&mut self, option: u32) -> Result<OptionReply> {
         let header: [u8; 20] = self.read().await?;
         if u64_at(&header, 0) != OPTION_REPLY_MAGIC {
             return Err(broken("a reply to an option has a wrong magic"));
@@ -350,7 +357,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Talk<'_, S> {
         Err(broken("no end of replies to GO"))
     }
 
-    async fn export_name(&mut self, name: &str, no_zeroes: bool) -> Result<Found> {
+    pub(super) async fn export_name(&mut self, name: &str, no_zeroes: bool) -> Result<Found> {
         self.option(option::EXPORT_NAME, name.as_bytes()).await?;
         let answer = self
             .read::<10>()

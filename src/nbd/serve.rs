@@ -9,23 +9,23 @@
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::extent::Range;
 use crate::nbd::Export;
-use crate::nbd::wire::{
-    FLAG_FIXED_NEWSTYLE, FLAG_NO_ZEROES, IHAVEOPT, MAX_OPTION_REPLY, NBDMAGIC, OPTION_REPLY_MAGIC,
-    REQUEST_MAGIC, SIMPLE_REPLY_MAGIC, command, flag, info, option, option_reply, u16_at, u32_at,
-    u64_at,
-};
+use crate::nbd::options::{Options, broken, closed};
+use crate::nbd::wire::{Request, SIMPLE_REPLY_MAGIC, command, flag, info, option, option_reply};
 
 /// Longest write that is taken.
 pub(crate) const MAX_WRITE: u32 = 1024 * 1024;
 
-/// Most options of one client: QEMU sends a handful.
-const MAX_OPTIONS: usize = 64;
-
 /// NBD's EINVAL.
 const EINVAL: u32 = 22;
+
+/// NBD's ENOSPC.
+const ENOSPC: u32 = 28;
+
+/// Bytes that are read at a time where nobody wants them.
+const SKIP: usize = 64 * 1024;
 
 /// What the client asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,14 +40,6 @@ pub(crate) enum Asked {
     Other,
     /// To end.
     Goodbye,
-}
-
-fn broken(what: impl Into<String>) -> Error {
-    Error::new(Kind::NbdProtocol, "serving an NBD client").because(what.into())
-}
-
-fn closed(error: std::io::Error) -> Error {
-    Error::new(Kind::NbdClosed, "serving an NBD client").because(error)
 }
 
 /// What a client finds, whatever name it gives.
@@ -81,45 +73,74 @@ impl Offered {
             structured: false,
         }
     }
+
+    /// One option; whether transmission begins.
+    async fn answer<S>(&self, options: &mut Options<S>) -> Result<bool>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let (kind, data) = options.next().await?;
+        match kind {
+            option::GO => {
+                let mut export = info::EXPORT.to_be_bytes().to_vec();
+                export.extend(self.size.to_be_bytes());
+                export.extend(self.flags.to_be_bytes());
+                options.answer(kind, option_reply::INFO, &export).await?;
+                let mut blocks = info::BLOCK_SIZE.to_be_bytes().to_vec();
+                for bytes in self.blocks {
+                    blocks.extend(bytes.to_be_bytes());
+                }
+                options.answer(kind, option_reply::INFO, &blocks).await?;
+                options.answer(kind, option_reply::ACK, &[]).await?;
+                Ok(true)
+            }
+            option::STRUCTURED_REPLY if self.structured && data.is_empty() => {
+                options.answer(kind, option_reply::ACK, &[]).await?;
+                Ok(false)
+            }
+            option::ABORT | option::EXPORT_NAME => {
+                Err(broken("the client gives up, or speaks an old style"))
+            }
+            _ => {
+                options.answer(kind, option_reply::ERR_UNSUP, &[]).await?;
+                Ok(false)
+            }
+        }
+    }
 }
 
 /// A connection that is served.
 #[derive(Debug)]
 pub(crate) struct Served<S> {
     stream: S,
-    offered: Offered,
+    size: u64,
 }
 
 /// Greets, and agrees to TLS, which whoever gets the stream goes on with.
 ///
 /// # Errors
 /// As of [`Served::welcome`]; a client that wants no TLS.
-pub(crate) async fn welcome_tls<S>(stream: S) -> Result<S>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-{
-    let mut served = Served::greet(stream, Offered::to_write(0)).await?;
-    let (kind, data) = served.next_option().await?;
+pub(crate) async fn welcome_tls(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> Result<()> {
+    let mut options = Options::greet(stream).await?;
+    let (kind, data) = options.next().await?;
     if kind != option::START_TLS || !data.is_empty() {
         return Err(broken("the client does not begin with TLS"));
     }
-    served.answer(kind, option_reply::ACK, &[]).await?;
-    Ok(served.stream)
+    options.answer(kind, option_reply::ACK, &[]).await
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
     /// Negotiates.
     ///
     /// # Errors
-    /// [`Kind::NbdProtocol`], [`Kind::NbdClosed`].
+    /// `NbdProtocol`, `NbdClosed`.
     pub(crate) async fn welcome(stream: S, offered: Offered) -> Result<Self> {
-        let mut served = Self::greet(stream, offered).await?;
-        for _ in 0..MAX_OPTIONS {
-            if served.option().await? {
-                return Ok(served);
-            }
-        }
-        Err(broken(format!("more than {MAX_OPTIONS} options")))
+        let mut options = Options::greet(stream).await?;
+        while !offered.answer(&mut options).await? {}
+        Ok(Self {
+            stream: options.into_stream(),
+            size: offered.size,
+        })
     }
 
     /// For who serves the requests by other means.
@@ -127,96 +148,27 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
         self.stream
     }
 
-    async fn greet(stream: S, offered: Offered) -> Result<Self> {
-        let mut served = Self { stream, offered };
-        let mut greeting = NBDMAGIC.to_be_bytes().to_vec();
-        greeting.extend(IHAVEOPT.to_be_bytes());
-        greeting.extend((FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES).to_be_bytes());
-        served.write(&greeting).await?;
-        let flags = u32_at(&served.read::<4>().await?, 0);
-        if flags & u32::from(FLAG_FIXED_NEWSTYLE) == 0 {
-            return Err(broken("the client does not speak fixed newstyle"));
-        }
-        Ok(served)
-    }
-
-    async fn next_option(&mut self) -> Result<(u32, Vec<u8>)> {
-        let header: [u8; 16] = self.read().await?;
-        if u64_at(&header, 0) != IHAVEOPT {
-            return Err(broken("an option has a wrong magic"));
-        }
-        let (kind, length) = (u32_at(&header, 8), u32_at(&header, 12));
-        if length > MAX_OPTION_REPLY {
-            return Err(broken(format!("an option is {length} bytes long")));
-        }
-        let mut data = vec![0; usize::try_from(length).unwrap_or_default()];
-        self.stream.read_exact(&mut data).await.map_err(closed)?;
-        Ok((kind, data))
-    }
-
-    /// One option; whether transmission begins.
-    async fn option(&mut self) -> Result<bool> {
-        let (kind, data) = self.next_option().await?;
-        match kind {
-            option::GO => {
-                let mut export = info::EXPORT.to_be_bytes().to_vec();
-                export.extend(self.offered.size.to_be_bytes());
-                export.extend(self.offered.flags.to_be_bytes());
-                self.answer(kind, option_reply::INFO, &export).await?;
-                let mut blocks = info::BLOCK_SIZE.to_be_bytes().to_vec();
-                for bytes in self.offered.blocks {
-                    blocks.extend(bytes.to_be_bytes());
-                }
-                self.answer(kind, option_reply::INFO, &blocks).await?;
-                self.answer(kind, option_reply::ACK, &[]).await?;
-                Ok(true)
-            }
-            option::STRUCTURED_REPLY if self.offered.structured && data.is_empty() => {
-                self.answer(kind, option_reply::ACK, &[]).await?;
-                Ok(false)
-            }
-            option::ABORT | option::EXPORT_NAME => {
-                Err(broken("the client gives up, or speaks an old style"))
-            }
-            _ => {
-                self.answer(kind, option_reply::ERR_UNSUP, &[]).await?;
-                Ok(false)
-            }
-        }
-    }
-
-    async fn answer(&mut self, option: u32, kind: u32, data: &[u8]) -> Result<()> {
-        let length = u32::try_from(data.len()).map_err(|error| broken(error.to_string()))?;
-        let mut bytes = OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
-        for number in [option, kind, length] {
-            bytes.extend(number.to_be_bytes());
-        }
-        bytes.extend(data);
-        self.write(&bytes).await
-    }
-
     /// The next request, with the cookie of its reply. A write's bytes come next.
     ///
     /// # Errors
-    /// [`Kind::NbdProtocol`], also for a range that the export does not have;
-    /// [`Kind::NbdClosed`].
+    /// `NbdProtocol`, also for a range that the export does not have;
+    /// `NbdClosed`.
     pub(crate) async fn asked(&mut self) -> Result<(u64, Asked)> {
-        let header: [u8; 28] = self.read().await?;
-        if u32_at(&header, 0) != REQUEST_MAGIC {
-            return Err(broken("a request has a wrong magic"));
-        }
-        let (kind, cookie, start) = (u16_at(&header, 6), u64_at(&header, 8), u64_at(&header, 16));
-        let length = u32_at(&header, 24);
-        let range = start..start.saturating_add(length.into());
+        let mut header = [0; Request::BYTES];
+        self.stream.read_exact(&mut header).await.map_err(closed)?;
+        let request = Request::decode(&header);
+        let request = request.ok_or_else(|| broken("a request has a wrong magic"))?;
+        let (kind, cookie, length) = (request.command, request.cookie, request.length);
+        let range = request.offset..request.offset.saturating_add(length);
         let writes = matches!(kind, command::WRITE | command::WRITE_ZEROES);
-        if writes && (length == 0 || range.end > self.offered.size) {
+        if writes && (length == 0 || range.end > self.size) {
             return Err(broken(format!(
                 "a write of {range:?} to {} bytes",
-                self.offered.size
+                self.size
             )));
         }
         let asked = match kind {
-            command::WRITE if length > MAX_WRITE => {
+            command::WRITE if length > MAX_WRITE.into() => {
                 return Err(broken(format!("a write of {length} bytes")));
             }
             command::WRITE => Asked::Write(range),
@@ -236,34 +188,47 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
     /// The bytes of a write.
     ///
     /// # Errors
-    /// [`Kind::NbdClosed`].
+    /// `NbdClosed`.
     pub(crate) async fn payload(&mut self, into: &mut [u8]) -> Result<()> {
         self.stream.read_exact(into).await.map(drop).map_err(closed)
+    }
+
+    /// The bytes of a write that nobody wants.
+    ///
+    /// # Errors
+    /// [`Kind::NbdClosed`].
+    pub(crate) async fn skip(&mut self, bytes: u64) -> Result<()> {
+        let mut rest = usize::try_from(bytes).unwrap_or(usize::MAX);
+        let mut buffer = vec![0; rest.min(SKIP)];
+        while rest > 0 {
+            let some = rest.min(SKIP);
+            self.payload(&mut buffer[..some]).await?;
+            rest -= some;
+        }
+        Ok(())
     }
 
     /// Tells that a request is done.
     ///
     /// # Errors
-    /// [`Kind::NbdClosed`].
+    /// `NbdClosed`.
     pub(crate) async fn done(&mut self, cookie: u64) -> Result<()> {
         self.reply(cookie, 0).await
+    }
+
+    /// Tells that there is no room for a write, whose bytes have been read.
+    ///
+    /// # Errors
+    /// [`Kind::NbdClosed`].
+    pub(crate) async fn refuse(&mut self, cookie: u64) -> Result<()> {
+        self.reply(cookie, ENOSPC).await
     }
 
     async fn reply(&mut self, cookie: u64, error: u32) -> Result<()> {
         let mut bytes = SIMPLE_REPLY_MAGIC.to_be_bytes().to_vec();
         bytes.extend(error.to_be_bytes());
         bytes.extend(cookie.to_be_bytes());
-        self.write(&bytes).await
-    }
-
-    async fn read<const N: usize>(&mut self) -> Result<[u8; N]> {
-        let mut bytes = [0; N];
-        self.stream.read_exact(&mut bytes).await.map_err(closed)?;
-        Ok(bytes)
-    }
-
-    async fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.stream.write_all(bytes).await.map_err(closed)?;
+        self.stream.write_all(&bytes).await.map_err(closed)?;
         self.stream.flush().await.map_err(closed)
     }
 }

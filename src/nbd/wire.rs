@@ -18,12 +18,18 @@ pub mod option {
     pub const EXPORT_NAME: u32 = 1;
     /// Ends the negotiation.
     pub const ABORT: u32 = 2;
+    /// The names of the exports.
+    pub const LIST: u32 = 3;
     /// Encrypts all that follows.
     pub const START_TLS: u32 = 5;
+    /// What GO would tell.
+    pub const INFO: u32 = 6;
     /// Enters transmission.
     pub const GO: u32 = 7;
     /// Structured replies.
     pub const STRUCTURED_REPLY: u32 = 8;
+    /// The meta contexts that there are.
+    pub const LIST_META_CONTEXT: u32 = 9;
     /// One meta context, for block status.
     pub const SET_META_CONTEXT: u32 = 10;
     /// Structured replies with 64-bit lengths.
@@ -34,6 +40,8 @@ pub mod option {
 pub mod option_reply {
     /// Done.
     pub const ACK: u32 = 1;
+    /// An export's name before the ACK.
+    pub const SERVER: u32 = 2;
     /// A piece of information before the ACK.
     pub const INFO: u32 = 3;
     /// A meta context before the ACK.
@@ -42,6 +50,12 @@ pub mod option_reply {
     pub const ERROR_BIT: u32 = 1 << 31;
     /// The server does not know the option.
     pub const ERR_UNSUP: u32 = ERROR_BIT | 1;
+    /// The server knows it, and does not want to.
+    pub const ERR_POLICY: u32 = ERROR_BIT | 2;
+    /// The option's data make no sense.
+    pub const ERR_INVALID: u32 = ERROR_BIT | 3;
+    /// No such export.
+    pub const ERR_UNKNOWN: u32 = ERROR_BIT | 6;
 }
 
 /// Information types of NBD_OPT_GO.
@@ -197,6 +211,21 @@ pub struct Request {
 }
 
 impl Request {
+    /// Bytes of a header, but for extended ones.
+    pub const BYTES: usize = 28;
+
+    /// Reads a header; `None`: its magic is another one.
+    #[must_use]
+    pub fn decode(bytes: &[u8; Self::BYTES]) -> Option<Self> {
+        (u32_at(bytes, 0) == REQUEST_MAGIC).then(|| Self {
+            flags: u16_at(bytes, 4),
+            command: u16_at(bytes, 6),
+            cookie: u64_at(bytes, 8),
+            offset: u64_at(bytes, 16),
+            length: u32_at(bytes, 24).into(),
+        })
+    }
+
     /// The header's bytes. `None` when the length does not fit.
     #[must_use]
     pub fn encode(&self, replies: Replies) -> Option<Vec<u8>> {

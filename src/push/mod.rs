@@ -12,28 +12,31 @@
 //! target that reads as zeros, what the view has data for: QEMU would write the zeros, and
 //! a raw file would take room for them.
 
+mod job_events;
 mod watch;
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use qapi::qmp::block_resize;
-use tokio::sync::broadcast;
 use tokio::sync::watch::Sender;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
+use crate::claim::Claim;
+use crate::entry;
 use crate::error::{Error, Kind, Result};
 use crate::extent::Content;
 use crate::flow::Flow;
-use crate::nbd::Client;
 use crate::paint::{self, Canvas};
+use crate::qemu::Qmp;
 use crate::qemu::step::{self, CLUSTER};
-use crate::qemu::{Event, Qmp};
 use crate::target::{self, Opened, Target};
 use crate::teardown::{Teardown, Undo};
 use crate::view::View;
 use crate::walk::Walk;
+use job_events::JobEvents;
 
 /// Most writes under way at a time.
 pub const MAX_WORKERS: u64 = 64;
@@ -71,18 +74,20 @@ pub struct Progress {
 /// back; the `Target*` kinds; [`Kind::PointInTimeLost`]; [`Kind::Cancelled`];
 /// [`Kind::InvalidRequest`]. Nothing is left then but what [`Error::leftovers`] tells.
 pub async fn push(
-    view: &View,
+    view: &Arc<View>,
     target: Target,
     options: &Options,
     runtime_dir: &Path,
     progress: &Sender<Progress>,
     cancel: &CancellationToken,
 ) -> Result<u64> {
-    let flow = Flow::default();
-    push_with(view, target, options, runtime_dir, progress, cancel, &flow).await
+    let claim = Claim::whole(Arc::clone(view))?;
+    let pushed = push_with(view, target, options, runtime_dir, progress, cancel, None).await?;
+    claim.complete();
+    Ok(pushed)
 }
 
-/// [`push`] to a receiver that tells `flow` what it holds.
+/// [`push`] of a view that is claimed; with `flow`, to a receiver that holds so much.
 pub(crate) async fn push_with(
     view: &View,
     target: Target,
@@ -90,10 +95,9 @@ pub(crate) async fn push_with(
     runtime_dir: &Path,
     progress: &Sender<Progress>,
     cancel: &CancellationToken,
-    flow: &Flow,
+    flow: Option<&Flow>,
 ) -> Result<u64> {
-    view.start(0)?;
-    let _the_session_waits = view.at_work().await;
+    let _the_session_waits = view.at_work().await?;
     let mut run = Run {
         view,
         qmp: view.qmp(),
@@ -105,12 +109,10 @@ pub(crate) async fn push_with(
         progress,
         cancel,
         flow,
-        events: view.qmp().events(),
-        read_failed: false,
+        events: JobEvents::new(view.qmp().events(), view.names().push()),
         teardown: Teardown::default(),
     };
     let pushed = run.push(target, runtime_dir).await;
-    view.stop(pushed.is_ok());
     match &pushed {
         Ok(bytes) => info!(disk = view.disk(), bytes, "pushed"),
         Err(error) => info!(disk = view.disk(), error = error.chain(), "not pushed"),
@@ -137,10 +139,9 @@ struct Run<'a> {
     discard_source: bool,
     progress: &'a Sender<Progress>,
     cancel: &'a CancellationToken,
-    flow: &'a Flow,
-    events: broadcast::Receiver<Event>,
-    /// The job said that it could not read.
-    read_failed: bool,
+    /// Of a receiver of ours.
+    flow: Option<&'a Flow>,
+    events: JobEvents,
     teardown: Teardown,
 }
 
@@ -176,7 +177,9 @@ impl Run<'_> {
             (Ok(opened), Err(error)) => {
                 // Whatever it hangs on: it is thrown away.
                 opened.cut();
-                Err(error.leaving(self.undo().await))
+                let leftovers = self.undo().await;
+                opened.discard().await;
+                Err(error.leaving(leftovers))
             }
             (Err(error), _) => Err(error.leaving(self.undo().await)),
         }
@@ -199,22 +202,26 @@ impl Run<'_> {
             self.teardown.forget(&note);
         }
         let mut leftovers = self.undo().await;
-        if leftovers.is_empty() {
-            let finished = opened.finish().await;
+        let finished = if leftovers.is_empty() {
+            opened.finish(self.cancel).await
+        } else {
+            opened.discard().await;
+            Err(Error::new(Kind::TargetFailed, "closing the target"))
+        };
+        let Err(error) = finished else {
             if new.is_some() {
                 // Not before: until it is named, the note alone tells of the file.
                 self.teardown.push(note);
-                leftovers.extend(self.undo().await);
+                self.undo().await;
             }
-            return finished.map_err(|error| error.leaving(leftovers));
-        }
-        opened.cut();
+            return Ok(());
+        };
         if let Some(undo) = new {
             self.teardown.push(note);
             self.teardown.push(undo);
             leftovers.extend(self.undo().await);
         }
-        Err(Error::new(Kind::TargetFailed, "closing the target").leaving(leftovers))
+        Err(error.leaving(leftovers))
     }
 
     async fn copy(&mut self, opened: &Opened) -> Result<u64> {
@@ -330,9 +337,15 @@ impl Run<'_> {
     async fn flush(&mut self, opened: &Opened) -> Result<()> {
         self.export().await?;
         let (address, name) = (self.view.address(), self.view.names().target());
-        let timeout = self.options.timeout;
+        let timeout = self.timeout();
+        let turn = tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => return Err(cancelled()),
+            turn = self.qmp.turn() => turn,
+        };
         let flushed = async {
-            let client = Client::connect(address, &name, None, timeout).await?;
+            let client = entry::connect(&turn, address, &name, None, timeout).await?;
+            drop(turn);
             let flushed = match client.submit_flush().await {
                 Ok(ticket) => ticket.await,
                 Err(error) => Err(error),
@@ -347,7 +360,9 @@ impl Run<'_> {
         };
         match flushed {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) if error.kind() == Kind::NbdTimeout => Err(hung(timeout)),
+            Ok(Err(error)) if matches!(error.kind(), Kind::NbdTimeout | Kind::QemuTimeout) => {
+                Err(self.stalled(timeout))
+            }
             Ok(Err(error)) => {
                 let kind = if error.chain().contains("ENOSPC") {
                     Kind::TargetUnwritable
@@ -358,7 +373,7 @@ impl Run<'_> {
             }
             Err(_elapsed) => {
                 opened.cut();
-                Err(hung(timeout))
+                Err(self.stalled(timeout))
             }
         }
     }
@@ -376,11 +391,4 @@ impl Run<'_> {
 
 fn cancelled() -> Error {
     Error::new(Kind::Cancelled, "pushing a disk")
-}
-
-fn hung(timeout: Duration) -> Error {
-    Error::new(Kind::TargetTimeout, "pushing a disk").because(format!(
-        "the target took nothing for {} s",
-        timeout.as_secs_f32()
-    ))
 }

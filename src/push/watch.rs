@@ -9,14 +9,14 @@
 use std::time::Duration;
 
 use qapi::qmp::{job_pause, job_resume};
-use tokio::sync::broadcast;
 use tokio::time::Instant;
 
-use super::{Progress, Run, cancelled, hung};
+use super::{Progress, Run, cancelled};
 use crate::error::{Error, Kind, Result};
+use crate::qemu::job;
 use crate::qemu::query::{self, BlockJob};
-use crate::qemu::{Event, job};
 use crate::target::Opened;
+use crate::view::NBD_DEADLINE;
 
 /// How often the job is looked at when it says nothing.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -30,11 +30,10 @@ const CHUNK: u64 = 1024 * 1024;
 impl Run<'_> {
     /// Waits for the job's end: the bytes that it worked through.
     pub(super) async fn watch(&mut self, opened: &Opened) -> Result<u64> {
-        let timeout = self.timeout();
+        let patience = self.patience();
         let mut moved = (0, Instant::now());
-        let mut is_paused = false;
         loop {
-            let look = tokio::time::timeout_at(moved.1 + timeout, self.look());
+            let look = tokio::time::timeout_at(moved.1 + patience, self.look());
             let job = tokio::select! {
                 biased;
                 () = self.cancel.cancelled() => return Err(cancelled()),
@@ -43,14 +42,14 @@ impl Run<'_> {
             // QEMU does not answer while it waits for a target that hangs.
             let Ok(job) = job else {
                 opened.cut();
-                return Err(hung(timeout));
+                return Err(self.stalled(patience));
             };
             let job = job?;
             self.progress.send_replace(Progress {
                 done: job.offset,
                 total: job.len,
             });
-            if job.io_status != "ok" || job.error.is_some() {
+            if job.error.is_some() || (job.io_status != "ok" && !self.is_refused(&job)) {
                 return Err(self.failed(&job).await);
             }
             if job.status == "pending" {
@@ -58,26 +57,54 @@ impl Run<'_> {
                 job::finalize(self.qmp, &id, RELEASE_DEADLINE).await?;
                 return Ok(job.offset);
             }
-            if job.offset != moved.0 || is_paused {
+            if job.offset != moved.0 || self.is_paused(&job) {
                 moved = (job.offset, Instant::now());
             }
-            if moved.1.elapsed() >= timeout {
+            if moved.1.elapsed() >= patience {
                 opened.cut();
-                return Err(hung(timeout));
+                return Err(self.stalled(patience));
             }
-            is_paused = self.steer(is_paused).await?;
+            self.steer(&job).await?;
             self.wait().await;
         }
     }
 
-    /// A slow job by order is not a hung one.
-    fn timeout(&self) -> Duration {
+    /// How long the job may stand still: a slow one by order is not a hung one.
+    fn patience(&self) -> Duration {
         let under_way = CHUNK * (self.options.workers + 1);
         let slow = self
             .options
             .speed
             .map_or(0, |speed| under_way.saturating_mul(1000) / speed.max(1));
-        self.options.timeout + Duration::from_millis(slow)
+        self.timeout() + Duration::from_millis(slow)
+    }
+
+    /// How long the target is waited for. A receiver of ours takes what comes: what takes
+    /// long there is the disk's own storage, which gets as long as in a pull.
+    pub(super) fn timeout(&self) -> Duration {
+        match self.flow {
+            Some(_) => self.options.timeout.max(NBD_DEADLINE),
+            None => self.options.timeout,
+        }
+    }
+
+    /// Whose fault it is that the job stands still.
+    ///
+    /// A host's target is blamed also where the disk's own storage hangs, or where QEMU as
+    /// a whole waits for something else, as another push's target that has more time: QEMU
+    /// does not tell what a job waits for, and what is under way in sockets is not seen
+    /// from here (a hung server's socket takes in some writes; behind TLS nobody can count).
+    pub(super) fn stalled(&self, patience: Duration) -> Error {
+        if self.flow.is_none() {
+            return Error::new(Kind::TargetTimeout, "pushing a disk").because(format!(
+                "the target took nothing for {} s",
+                patience.as_secs_f32()
+            ));
+        }
+        Error::new(Kind::QemuTimeout, "pushing a disk").because(format!(
+            "QEMU has read nothing for {} s: the disk's storage hangs, or QEMU does",
+            patience.as_secs_f32()
+        ))
     }
 
     async fn look(&self) -> Result<BlockJob> {
@@ -90,13 +117,15 @@ impl Run<'_> {
         })
     }
 
+    /// Whether the job has stopped because a receiver of ours had no room.
+    fn is_refused(&mut self, job: &BlockJob) -> bool {
+        self.flow.is_some() && job.io_status == "nospace" && !self.events.read_failed()
+    }
+
     /// Why the job has stopped.
     async fn failed(&mut self, job: &BlockJob) -> Error {
-        while let Ok(event) = self.events.try_recv() {
-            self.heed(&event);
-        }
         let why = job.error.clone().unwrap_or_else(|| job.io_status.clone());
-        if self.read_failed {
+        if self.events.read_failed() {
             let error = Error::new(Kind::QemuRefused, "reading the point in time").because(why);
             return self.view.blame_job(error).await;
         }
@@ -108,58 +137,47 @@ impl Run<'_> {
         Error::new(kind, "writing to the target").because(why)
     }
 
-    /// Whether an event is of the job.
-    fn heed(&mut self, event: &Event) -> bool {
-        let id = self.view.names().push();
-        match event.name.as_str() {
-            "BLOCK_JOB_ERROR" if event.data["device"] == id => {
-                self.read_failed |= event.data["operation"] == "read";
-                true
-            }
-            "JOB_STATUS_CHANGE" => event.data["id"] == id,
-            _ => false,
-        }
+    /// Whether the job stands still for a receiver of ours, and nothing of it is under way.
+    fn is_paused(&self, job: &BlockJob) -> bool {
+        self.flow.is_some() && job.status == "paused"
     }
 
-    /// Pauses the job while a receiver of ours holds much; whether it is paused.
-    async fn steer(&self, is_paused: bool) -> Result<bool> {
+    /// Pauses the job while a receiver of ours holds much. Whoever has paused it: it goes on
+    /// when the receiver can take more.
+    async fn steer(&self, job: &BlockJob) -> Result<()> {
+        let Some(flow) = self.flow else {
+            return Ok(());
+        };
+        // With nothing under way, what is waited for comes only if the job goes on.
+        let is_needed = flow.is_low() || (flow.is_starving() && self.is_paused(job));
         let id = self.view.names().push();
-        let told = if !is_paused && self.flow.is_high() {
+        let told = if !job.paused && flow.is_high() {
             self.qmp.execute(&job_pause { id }).await
-        } else if is_paused && self.flow.is_low() {
+        } else if job.paused && is_needed {
             self.qmp.execute(&job_resume { id }).await
         } else {
-            return Ok(is_paused);
+            return Ok(());
         };
         match told {
-            Ok(_) => {
-                self.flow.tell(!is_paused);
-                Ok(!is_paused)
-            }
-            // It has concluded meanwhile: the next look tells.
-            Err(error) if error.kind() == Kind::QemuRefused => Ok(is_paused),
-            Err(error) => Err(error),
+            // It has stopped, gone on or concluded meanwhile: the next look tells.
+            Err(error) if error.kind() != Kind::QemuRefused => Err(error),
+            _ => Ok(()),
         }
     }
 
     /// Until there may be something to see.
     async fn wait(&mut self) {
-        let look = Instant::now() + LOOK_EVERY;
-        loop {
-            let event = tokio::select! {
-                () = self.cancel.cancelled() => return,
-                () = self.flow.changed() => return,
-                event = tokio::time::timeout_at(look, self.events.recv()) => event,
-            };
-            match event {
-                Ok(Ok(event)) if self.heed(&event) => return,
-                Ok(Ok(_)) => {}
-                // Some were missed, or no more will come: a look tells.
-                Ok(Err(broadcast::error::RecvError::Lagged(_))) | Err(_) => return,
-                Ok(Err(broadcast::error::RecvError::Closed)) => {
-                    return tokio::time::sleep_until(look).await;
-                }
+        let flow = self.flow;
+        let changed = async {
+            match flow {
+                Some(flow) => flow.changed().await,
+                None => std::future::pending().await,
             }
+        };
+        tokio::select! {
+            () = self.cancel.cancelled() => {}
+            () = changed => {}
+            () = self.events.next(Instant::now() + LOOK_EVERY) => {}
         }
     }
 }

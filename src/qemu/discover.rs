@@ -32,6 +32,9 @@ const STORAGE: &[&str] = &[
     "virtio-blk-vhost-vdpa",
 ];
 
+/// The id of a disk that has no name to go by.
+const UNNAMED: &str = "unnamed";
+
 /// Why backups leave a disk out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
@@ -239,7 +242,7 @@ impl Vm<'_> {
                 .or(backend)
                 .or(node)
                 .or(qdev.as_deref())
-                .unwrap_or("unnamed"),
+                .unwrap_or_default(),
         );
         let excluded = match &inserted {
             _ if removable => Some(Reason::Removable),
@@ -346,10 +349,20 @@ fn device_id(qdev: &str) -> Option<&str> {
     }
 }
 
+/// Whether a text could be a disk's id.
+#[must_use]
+pub fn is_id(text: &str) -> bool {
+    sane(text) == text
+}
+
 fn sane(name: &str) -> String {
     let legal = |letter: char| letter.is_ascii_alphanumeric() || matches!(letter, '.' | '_' | '-');
-    name.trim_start_matches('/')
-        .chars()
+    let name = name.trim_start_matches('/');
+    // Hosts make names of files of it.
+    if matches!(name, "" | "." | "..") {
+        return UNNAMED.to_owned();
+    }
+    name.chars()
         .map(|letter| if legal(letter) { letter } else { '_' })
         .collect()
 }
@@ -360,6 +373,31 @@ fn mark_ambiguous(disks: &mut [Disk]) {
     for disk in disks {
         if ids.iter().filter(|id| **id == disk.id).count() > 1 {
             disk.excluded = Some(Reason::AmbiguousId);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_a_name_that_a_host_can_use() {
+        for (name, id) in [
+            ("vda", "vda"),
+            (
+                "/machine/peripheral-anon/device[0]",
+                "machine_peripheral-anon_device_0_",
+            ),
+            ("ä b", "__b"),
+            ("", UNNAMED),
+            ("/", UNNAMED),
+            (".", UNNAMED),
+            ("/..", UNNAMED),
+            ("...", "..."),
+        ] {
+            assert_eq!(sane(name), id);
+            assert!(is_id(id) && (name == id || !is_id(name)), "{name:?}");
         }
     }
 }

@@ -23,5 +23,5 @@ pub mod step;
 
 pub use address::Address;
 pub use guest_agent::GuestAgent;
-pub use qmp::{Event, Qmp, Refusal};
+pub use qmp::{Event, Qmp, Refusal, Turn};
 pub use schema::Schema;

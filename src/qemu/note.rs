@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::error::{Error, Kind, Result};
-use crate::qemu::Qmp;
+use crate::qemu::{Qmp, Refusal};
 
 /// Longest note that is believed: a session of 256 disks has some 200 KiB.
 pub const MAX_NOTE_BYTES: usize = 4 * 1024 * 1024;
@@ -62,11 +62,24 @@ pub async fn ids(qmp: &Qmp) -> Result<Vec<String>> {
     }
     let listed = qmp
         .execute_raw("qom-list", json!({"path": "/objects"}))
-        .await?;
+        .await;
+    let listed = match listed {
+        // A storage daemon has no place for objects as long as there are none.
+        Err(error) if is_not_found(&error) => return Ok(Vec::new()),
+        listed => listed?,
+    };
     let listed: Vec<Property> = serde_json::from_value(listed).map_err(|error| {
         Error::new(Kind::MonitorProtocol, "reading the answer to qom-list").because(error)
     })?;
     Ok(listed.into_iter().map(|property| property.name).collect())
+}
+
+fn is_not_found(error: &Error) -> bool {
+    use std::error::Error as _;
+    error
+        .source()
+        .and_then(|source| source.downcast_ref::<Refusal>())
+        .is_some_and(|refusal| refusal.class == "DeviceNotFound")
 }
 
 fn path(id: &str) -> String {

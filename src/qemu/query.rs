@@ -160,6 +160,8 @@ pub struct BlockJob {
     pub device: String,
     /// `running`, `paused`, `pending`, `concluded`, ...
     pub status: String,
+    /// It was told to pause; it is `paused` once nothing of it is under way.
+    pub paused: bool,
     /// How far it is, in bytes.
     pub offset: u64,
     /// How far it has to go; may grow.
@@ -255,6 +257,15 @@ pub struct Image {
     pub cluster_size: Option<u64>,
     /// What is special to the format.
     pub format_specific: Option<FormatSpecific>,
+}
+
+impl Image {
+    /// Whether it keeps its data in another file, as a qcow2 can.
+    #[must_use]
+    pub fn has_data_file(&self) -> bool {
+        let special = self.format_specific.as_ref();
+        special.is_some_and(|special| !special.data["data-file"].is_null())
+    }
 }
 
 /// A file as QEMU names it, without what may change around it: options, and the image

@@ -5,9 +5,8 @@
 //! existing   open ----------------------> node --> closed --> synced
 //! ```
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::io::{Seek, SeekFrom};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,15 +14,15 @@ use std::time::Duration;
 use rustix::fs::{Mode, OFlags, fcntl_getfl};
 
 use crate::error::{Error, Kind, Result};
+use crate::file_call;
 use crate::file_node::{self, Way};
-use crate::image::{self, Format};
+use crate::image::{self, Durable, Format};
 use crate::qemu::step;
 use crate::qemu::{job, note, query};
 use crate::server::text;
 use crate::session::random_id;
-use crate::target::{Opened, Opening, refused};
+use crate::target::{DATA_ELSEWHERE, Opened, Opening, refused};
 use crate::teardown::{Teardown, Undo};
-use crate::view::View;
 
 /// How long QEMU gets to format an empty image.
 const FORMAT_DEADLINE: Duration = Duration::from_secs(30);
@@ -37,56 +36,53 @@ pub enum Place {
     File(File),
 }
 
-/// What is synced when QEMU has closed it: a file opened anew, before the first write. Linux
-/// tells an opener once that written data was lost, and QEMU keeps silent about it.
-#[derive(Debug)]
-pub(super) struct Durable(File);
-
-impl Durable {
-    fn of(file: &File) -> std::io::Result<Self> {
-        let again = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
-        // One that we have no right to open is the host's: QEMU's flush has to do.
-        again.or_else(|_denied| file.try_clone()).map(Self)
-    }
-
-    pub(super) async fn sync(self) -> std::io::Result<()> {
-        let synced = tokio::task::spawn_blocking(move || self.0.sync_all()).await;
-        synced.unwrap_or_else(|panic| Err(std::io::Error::other(panic)))
-    }
-}
-
-/// An increment alone is no disk: it must name what it completes.
-pub(super) fn check_new(
-    view: &View,
-    path: &Path,
-    format: Format,
-    backing: Option<&(String, Format)>,
-) -> Result<()> {
-    let invalid = |why: &'static str| {
-        Err(Error::new(Kind::InvalidRequest, "choosing the target").because(why))
-    };
-    match (view.is_incremental(), backing) {
-        (true, None) => invalid("an incremental in a new file needs `backing`"),
-        (true, Some(_)) if format == Format::Raw => {
-            invalid("an incremental in a new file needs the format qcow2")
-        }
-        (true, Some((below, _))) => {
-            let below = path.parent().unwrap_or(path).join(below);
-            match std::fs::metadata(&below) {
-                Ok(_) => Ok(()),
-                Err(error) => Err(Error::new(
-                    Kind::TargetMismatch,
-                    format!("looking for the image below, {}", below.display()),
-                )
-                .because(error)),
-            }
-        }
-        (false, Some(_)) => invalid("a full has no `backing`"),
-        (false, None) => Ok(()),
-    }
+/// An existing image or device, open.
+struct Found {
+    file: File,
+    durable: Durable,
+    identity: Identity,
+    size: u64,
+    is_device: bool,
 }
 
 impl Opening<'_> {
+    /// A call to a file system, which may hang.
+    async fn call<T: Send + 'static>(
+        &self,
+        call: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        self.unless_cancelled(file_call::within(self.timeout, call))
+            .await
+    }
+
+    /// An increment alone is no disk: it must name what it completes.
+    pub(super) async fn check_new(
+        &self,
+        path: &Path,
+        format: Format,
+        backing: Option<&(String, Format)>,
+    ) -> Result<()> {
+        let invalid = |why: &'static str| {
+            Err(Error::new(Kind::InvalidRequest, "choosing the target").because(why))
+        };
+        match (self.is_incremental, backing) {
+            (true, None) => invalid("an incremental in a new file needs `backing`"),
+            (true, Some(_)) if format == Format::Raw => {
+                invalid("an incremental in a new file needs the format qcow2")
+            }
+            (true, Some((below, _))) => {
+                let below = path.parent().unwrap_or(path).join(below);
+                let look = move || match std::fs::metadata(&below) {
+                    Ok(_) => Ok(()),
+                    Err(error) => Err(image::unusable(&below, error)),
+                };
+                self.call(look).await
+            }
+            (false, Some(_)) => invalid("a full has no `backing`"),
+            (false, None) => Ok(()),
+        }
+    }
+
     pub(super) async fn new_file(
         &self,
         path: PathBuf,
@@ -94,20 +90,23 @@ impl Opening<'_> {
         backing: Option<(String, Format)>,
         teardown: &mut Teardown,
     ) -> Result<Opened> {
-        let partial = image::partial_path(&path, &random_id())?;
+        let id = random_id();
+        let partial = image::partial_path(&path, &id, self.timeout);
+        let partial = self.unless_cancelled(partial).await?;
         // First, so that a file that nobody will name can be found.
         let id = self.names.partial();
         teardown.push(Undo::Object { id: id.clone() });
         note::add(self.qmp, &id, text(&partial)?).await?;
-        let file = image::create(&partial, &path)?;
         teardown.push(Undo::File(partial.clone()));
-        let unwritable = |error| image::unwritable(&path, error);
-        let durable = Durable::of(&file).map_err(unwritable)?;
-        if format == Format::Raw {
-            file.set_len(self.size).map_err(unwritable)?;
-        }
-        self.file_node(Some(&file), &partial, false, teardown)
-            .await?;
+        let size = match format {
+            Format::Raw => self.size,
+            Format::Qcow2 => 0,
+        };
+        let created = image::create(&partial, &path, size, self.timeout);
+        let (file, durable) = self.unless_cancelled(created).await?;
+        let added = self.file_node(&file, &partial, false, teardown).await;
+        file_call::close(file).await;
+        added?;
         if format == Format::Qcow2 {
             let below = backing.as_ref();
             let below = below.map(|(file, format)| (file.as_str(), format.driver()));
@@ -137,74 +136,79 @@ impl Opening<'_> {
         is_zero: bool,
         teardown: &mut Teardown,
     ) -> Result<Opened> {
-        let (mut file, path) = match place {
-            Place::File(file) if !self.qmp.can_pass_fds() => {
-                drop(file);
-                return Err(Error::new(
-                    Kind::QemuUnsupported,
-                    "passing the target's descriptor to this QEMU",
-                ));
+        if matches!(place, Place::File(_)) && !self.qmp.can_pass_fds() {
+            return Err(Error::new(
+                Kind::QemuUnsupported,
+                "passing the target's descriptor to this QEMU",
+            ));
+        }
+        let path = match &place {
+            Place::Path(path) if !path.is_absolute() => {
+                return Err(Error::new(Kind::InvalidRequest, "choosing the target")
+                    .because("its path is not absolute"));
             }
-            Place::File(file) => (file, PathBuf::new()),
-            Place::Path(path) => (open_existing(&path)?, path),
+            Place::Path(path) => path.clone(),
+            Place::File(_) => PathBuf::new(),
         };
-        let looking = |kind| Error::new(kind, "looking at the target");
-        let unreadable = |error| looking(Kind::TargetUnwritable).because(error);
-        let mismatch = |why: &'static str| Err(looking(Kind::TargetMismatch).because(why));
-        let kind = file.metadata().map_err(unreadable)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return mismatch("it is no regular file, and no block device");
-        }
-        let mode = fcntl_getfl(&file).map_err(|error| unreadable(error.into()))?;
-        if mode & OFlags::ACCMODE != OFlags::RDWR {
-            return mismatch("its descriptor cannot both read and write");
-        }
-        self.not_in_use(&file).await?;
-        let durable = Durable::of(&file).map_err(unreadable)?;
-        let size = file.seek(SeekFrom::End(0)).map_err(unreadable)?;
-        let is_device = kind.is_block_device();
+        let Found {
+            file,
+            durable,
+            identity,
+            size,
+            is_device,
+        } = self.call(move || find(place, format)).await?;
         // Devices come in sizes of their own; the disk lies at the start of a larger one.
         let part = is_device && format == Format::Raw && size > self.size;
-        self.file_node(Some(&file), &path, is_device, teardown)
-            .await?;
-        self.image(format, part.then_some(self.size), teardown)
-            .await?;
-        Ok(Opened {
+        let added = async {
+            self.not_in_use(identity).await?;
+            self.file_node(&file, &path, is_device, teardown).await?;
+            let part = part.then_some(self.size);
+            self.image(format, part, teardown).await
+        };
+        let added = added.await;
+        file_call::close(file).await;
+        let opened = Opened {
             is_zero,
             can_empty: format == Format::Raw && !is_device,
             durable: Some(durable),
             ..Opened::default()
-        })
+        };
+        match added {
+            Ok(()) => Ok(opened),
+            Err(error) => {
+                opened.discard().await;
+                Err(error)
+            }
+        }
     }
 
     /// QEMU's locks do not always tell: they can be switched off.
-    async fn not_in_use(&self, file: &File) -> Result<()> {
-        let Some(this) = identity(file.metadata().ok()) else {
-            return Ok(());
-        };
-        for node in query::named_block_nodes(self.qmp).await? {
-            if identity(std::fs::metadata(&node.file).ok()).as_ref() == Some(&this) {
-                return Err(
-                    Error::new(Kind::TargetRefused, "looking at the target").because(format!(
-                        "QEMU has it in use already, as node {}",
-                        node.node_name
-                    )),
-                );
-            }
+    async fn not_in_use(&self, identity: Identity) -> Result<()> {
+        let mut nodes = query::named_block_nodes(self.qmp).await?.into_iter();
+        let is_it = move |metadata: Metadata| Identity::of(&metadata) == identity;
+        let look = move || Ok(nodes.find(|node| std::fs::metadata(&node.file).is_ok_and(is_it)));
+        match self.call(look).await? {
+            None => Ok(()),
+            Some(node) => Err(
+                Error::new(Kind::TargetRefused, "looking at the target").because(format!(
+                    "QEMU has it in use already, as node {}",
+                    node.node_name
+                )),
+            ),
         }
-        Ok(())
     }
 
     async fn file_node(
         &self,
-        file: Option<&File>,
+        file: &File,
         path: &Path,
         is_device: bool,
         teardown: &mut Teardown,
     ) -> Result<()> {
-        let way = match file {
-            Some(file) if self.qmp.can_pass_fds() => Way::Open(file),
-            _ => Way::Named(path),
+        let way = if self.qmp.can_pass_fds() {
+            Way::Open(file)
+        } else {
+            Way::Named(path)
         };
         let (names, node) = (self.names, self.names.target_file());
         let options = |filename: &str| step::target_file(names, filename, is_device);
@@ -229,25 +233,66 @@ impl Opening<'_> {
 }
 
 /// What two names of one file or device have in common.
-fn identity(metadata: Option<std::fs::Metadata>) -> Option<(bool, u64, u64)> {
-    let metadata = metadata?;
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Identity {
+    Device(u64),
+    File(u64, u64),
+}
+
+impl Identity {
+    fn of(metadata: &Metadata) -> Self {
+        if metadata.file_type().is_block_device() {
+            Self::Device(metadata.rdev())
+        } else {
+            Self::File(metadata.dev(), metadata.ino())
+        }
+    }
+}
+
+/// Opens an existing image or device, and claims a device. One that came open is the host's to
+/// claim.
+fn find(place: Place, format: Format) -> Result<Found> {
+    let (mut file, path) = match place {
+        Place::Path(path) => (open(&path)?, Some(path)),
+        Place::File(file) => (file, None),
+    };
+    let shown = path.as_deref().unwrap_or(Path::new("the descriptor"));
+    let unusable = |error| image::unusable(shown, error);
+    let metadata = file.metadata().map_err(unusable)?;
     let is_device = metadata.file_type().is_block_device();
-    Some(if is_device {
-        (true, metadata.rdev(), 0)
-    } else {
-        (false, metadata.dev(), metadata.ino())
+    if !is_device && !metadata.is_file() {
+        return mismatch("it is no regular file, and no block device");
+    }
+    let mode = fcntl_getfl(&file).map_err(|error| unusable(error.into()))?;
+    if mode & OFlags::ACCMODE != OFlags::RDWR {
+        return mismatch("its descriptor cannot both read and write");
+    }
+    if format == Format::Qcow2 && image::has_data_file(&file).map_err(unusable)? {
+        return mismatch(DATA_ELSEWHERE);
+    }
+    Ok(Found {
+        identity: Identity::of(&metadata),
+        durable: Durable::of(&file, is_device && path.is_some()).map_err(unusable)?,
+        size: file.seek(SeekFrom::End(0)).map_err(unusable)?,
+        file,
+        is_device,
     })
 }
 
-fn open_existing(path: &Path) -> Result<File> {
-    if !path.is_absolute() {
-        return Err(Error::new(Kind::InvalidRequest, "choosing the target")
-            .because("its path is not absolute"));
+fn open(path: &Path) -> Result<File> {
+    let unusable = |error| image::unusable(path, error);
+    let kind = std::fs::metadata(path).map_err(unusable)?.file_type();
+    // To open anything else may wait, or do something.
+    if !kind.is_file() && !kind.is_block_device() {
+        return mismatch("it is no regular file, and no block device");
     }
-    // Not blocking: a FIFO that nobody reads would.
     let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
     match rustix::fs::open(path, flags, Mode::empty()) {
         Ok(fd) => Ok(File::from(fd)),
-        Err(error) => Err(image::unwritable(path, std::io::Error::from(error))),
+        Err(error) => Err(unusable(error.into())),
     }
+}
+
+fn mismatch<T>(why: &'static str) -> Result<T> {
+    Err(Error::new(Kind::TargetMismatch, "looking at the target").because(why))
 }

@@ -15,11 +15,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::error::{Error, Kind, Result};
-use crate::image::{self, Format};
+use crate::image::{self, Durable, Format};
 use crate::offer::Door;
 use crate::qemu::step::{CLUSTER, Names};
 use crate::qemu::{Qmp, query};
@@ -27,8 +27,10 @@ use crate::teardown::{Teardown, Undo};
 use crate::view::View;
 
 pub use file::Place;
-use file::{Durable, check_new};
 pub use server::{NbdServer, Tls};
+
+/// Why an image is no target: whoever wrote its header would choose the file that is written.
+const DATA_ELSEWHERE: &str = "its data lies in another file, which its header names";
 
 /// How long a server gets to hang up once QEMU has said goodbye.
 const GOODBYE: Duration = Duration::from_secs(2);
@@ -72,6 +74,8 @@ pub enum Target {
 #[derive(Debug)]
 pub struct Receiver {
     pub(crate) door: Door,
+    /// Ends the connection.
+    pub(crate) cut: CancellationToken,
 }
 
 /// A target that is open in QEMU as node [`Names::target`].
@@ -81,8 +85,10 @@ pub(crate) struct Opened {
     pub(crate) is_zero: bool,
     /// A raw file, which may be emptied first.
     pub(crate) can_empty: bool,
-    cut: CancellationToken,
-    relay: Option<JoinHandle<()>>,
+    /// What carries bytes between QEMU and a server, until it is dropped.
+    relay: Option<AbortOnDropHandle<()>>,
+    /// Ends the connection to a receiver of ours.
+    receiver: CancellationToken,
     durable: Option<Durable>,
     /// To be named: the hidden file, and its name.
     new: Option<(PathBuf, PathBuf)>,
@@ -91,7 +97,10 @@ pub(crate) struct Opened {
 impl Opened {
     /// Lets go of a server that hangs: QEMU's requests to it fail from here on.
     pub(crate) fn cut(&self) {
-        self.cut.cancel();
+        if let Some(relay) = &self.relay {
+            relay.abort();
+        }
+        self.receiver.cancel();
     }
 
     /// The hidden file, which [`Opened::finish`] needs.
@@ -100,32 +109,30 @@ impl Opened {
         Some(Undo::File(partial.clone()))
     }
 
+    /// Lets go of all: nothing more will come.
+    pub(crate) async fn discard(self) {
+        drop(self.relay);
+        if let Some(durable) = self.durable {
+            durable.close().await;
+        }
+    }
+
     /// Brings to stable storage, and gives its name to, what QEMU has closed.
     ///
     /// # Errors
-    /// [`Kind::TargetUnwritable`], [`Kind::TargetExists`]: a new file is gone then.
-    pub(crate) async fn finish(self) -> Result<()> {
+    /// [`Kind::TargetUnwritable`], [`Kind::TargetExists`], [`Kind::TargetTimeout`],
+    /// [`Kind::Cancelled`]: the hidden file may be left then.
+    pub(crate) async fn finish(self, cancel: &CancellationToken) -> Result<()> {
         if let Some(relay) = self.relay {
             let _stays = tokio::time::timeout(GOODBYE, relay).await;
-            self.cut.cancel();
         }
-        let synced = match self.durable {
-            Some(durable) => durable.sync().await.map_err(|error| {
-                Error::new(Kind::TargetUnwritable, "syncing the target").because(error)
-            }),
+        if let Some(durable) = self.durable {
+            durable.sync(cancel).await?;
+        }
+        match self.new {
+            Some((partial, path)) => image::publish(partial, path).await,
             None => Ok(()),
-        };
-        if let Some((partial, path)) = self.new {
-            let named = match synced {
-                Ok(()) => image::publish(partial.clone(), path).await,
-                Err(error) => Err(error),
-            };
-            if named.is_err() {
-                let _gone = std::fs::remove_file(partial);
-            }
-            return named;
         }
-        synced
     }
 }
 
@@ -146,6 +153,7 @@ pub(crate) async fn open(
         qmp: view.qmp(),
         names: view.names(),
         size: view.size(),
+        is_incremental: view.is_incremental(),
         runtime_dir,
         timeout,
         cancel,
@@ -156,7 +164,8 @@ pub(crate) async fn open(
             format,
             backing,
         } => {
-            check_new(view, &path, format, backing.as_ref())?;
+            let below = backing.as_ref();
+            opening.check_new(&path, format, below).await?;
             opening.new_file(path, format, backing, teardown).await
         }
         Target::Existing {
@@ -175,21 +184,36 @@ pub(crate) async fn open(
         }
         Target::Receiver(to) => opening.receiver(to, teardown).await,
     }?;
-    opening.verify().await?;
-    Ok(opened)
+    match opening.verify().await {
+        Ok(()) => Ok(opened),
+        Err(error) => {
+            opened.discard().await;
+            Err(error)
+        }
+    }
 }
 
 struct Opening<'a> {
     qmp: &'a Qmp,
     names: &'a Names,
     size: u64,
+    is_incremental: bool,
     runtime_dir: &'a Path,
-    /// How long a server may take.
+    /// How long a server, or a file system, may take.
     timeout: Duration,
     cancel: &'a CancellationToken,
 }
 
 impl Opening<'_> {
+    /// What `step` comes to, unless the push is cancelled first.
+    async fn unless_cancelled<T>(&self, step: impl Future<Output = Result<T>>) -> Result<T> {
+        tokio::select! {
+            biased;
+            () = self.cancel.cancelled() => Err(Error::new(Kind::Cancelled, "opening the target")),
+            done = step => done,
+        }
+    }
+
     /// Holds what QEMU sees of the target against the disk.
     async fn verify(&self) -> Result<()> {
         let nodes = query::named_block_nodes(self.qmp).await?;
@@ -206,6 +230,9 @@ impl Opening<'_> {
             )
         } else if let Some(cluster) = node.image.cluster_size.filter(|size| *size > CLUSTER) {
             format!("its clusters have {cluster} bytes, and at most {CLUSTER} will do")
+        } else if node.image.has_data_file() {
+            // The header was looked at before; this is what QEMU has found in it.
+            DATA_ELSEWHERE.to_owned()
         } else {
             return Ok(());
         };

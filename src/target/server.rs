@@ -14,14 +14,14 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::oneshot;
-use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::error::{Error, Kind, Result};
 use crate::nbd::serve::{self, Offered, Served};
 use crate::nbd::{negotiate_simple, start_tls};
 use crate::offer::Offer;
 use crate::qemu::step;
-use crate::relay::{Hangup, Stream, relay};
+use crate::relay::{Hangup, Socket, Stream, relay};
 use crate::target::{Opened, Opening, refused};
 use crate::teardown::{Teardown, Undo};
 
@@ -35,7 +35,7 @@ pub enum NbdServer {
     /// At `host:port`.
     Tcp(String),
     /// At the other end.
-    Connected(Box<dyn Stream>, Hangup),
+    Connected(Socket),
 }
 
 /// How QEMU encrypts its connection.
@@ -86,26 +86,27 @@ impl Opening<'_> {
             None => None,
         };
         let offer = Offer::make(self.qmp, self.runtime_dir, teardown).await?;
-        let cut = CancellationToken::new();
-        let end = cut.clone();
         let relayed = async move {
             let _until_then = hangup;
             let qemu = offer.door.open().await;
-            let qemu =
+            let mut qemu =
                 qemu.map_err(|error| Error::new(Kind::NbdClosed, "awaiting QEMU").because(error))?;
             let mut qemu = match agreed {
                 Agreed::Export(offered) => Served::welcome(qemu, offered).await?.into_stream(),
-                Agreed::Tls => serve::welcome_tls(qemu).await?,
+                Agreed::Tls => {
+                    serve::welcome_tls(&mut qemu).await?;
+                    qemu
+                }
             };
-            let relayed = relay(&mut qemu, &mut *server, None).await;
+            let relayed = relay(&mut qemu, &mut *server).await;
             relayed.map_err(|error| Error::new(Kind::NbdClosed, "relaying").because(error))
         };
         let relay = tokio::spawn(async move {
-            tokio::select! {
-                () = end.cancelled() => {}
-                relayed = relayed => if let Err(error) = relayed {
-                    tracing::debug!(error = error.chain(), "the connection to a push target broke");
-                },
+            if let Err(error) = relayed.await {
+                tracing::debug!(
+                    error = error.chain(),
+                    "the connection to a push target broke"
+                );
             }
         });
         let mut node = step::target_server(self.names, &offer.server, export);
@@ -116,8 +117,7 @@ impl Opening<'_> {
             }
         }
         let opened = Opened {
-            cut,
-            relay: Some(relay),
+            relay: Some(AbortOnDropHandle::new(relay)),
             ..Opened::default()
         };
         self.add_server(node, &opened, teardown).await?;
@@ -150,15 +150,13 @@ impl Opening<'_> {
                 }
             }
         };
-        tokio::select! {
-            biased;
-            () = self.cancel.cancelled() => {
-                Err(Error::new(Kind::Cancelled, "connecting to the target"))
-            }
-            agreed = tokio::time::timeout(self.timeout, agreed) => agreed.unwrap_or_else(|_elapsed| {
+        let agreed = async {
+            let agreed = tokio::time::timeout(self.timeout, agreed).await;
+            agreed.unwrap_or_else(|_elapsed| {
                 Err(unreachable().because(format!("no answer within {:?}", self.timeout)))
-            }),
-        }
+            })
+        };
+        self.unless_cancelled(agreed).await
     }
 
     async fn add_server(
@@ -170,7 +168,10 @@ impl Opening<'_> {
         teardown.push(Undo::Node {
             node: self.names.target(),
         });
-        let add = self.qmp.execute_raw("blockdev-add", node);
+        // The time that others take is not the server's.
+        let turn = self.unless_cancelled(async { Ok(self.qmp.turn().await) });
+        let turn = turn.await?;
+        let add = turn.execute_raw("blockdev-add", node);
         tokio::pin!(add);
         let added = tokio::select! {
             added = &mut add => added,
@@ -181,9 +182,6 @@ impl Opening<'_> {
                     .because(format!("its server says nothing for {HANDSHAKE:?}")));
             }
         };
-        if added.is_err() {
-            opened.cut();
-        }
         added.map(drop).map_err(refused)
     }
 
@@ -220,11 +218,11 @@ impl Opening<'_> {
         teardown: &mut Teardown,
     ) -> Result<Opened> {
         let offer = Offer::make(self.qmp, self.runtime_dir, teardown).await?;
-        let gone = |_| Error::new(Kind::Cancelled, "receiving a push");
-        to.send(super::Receiver { door: offer.door })
-            .map_err(gone)?;
-        let node = step::target_server(self.names, &offer.server, "");
         let opened = Opened::default();
+        let gone = |_| Error::new(Kind::Cancelled, "receiving a push");
+        let (door, cut) = (offer.door, opened.receiver.clone());
+        to.send(super::Receiver { door, cut }).map_err(gone)?;
+        let node = step::target_server(self.names, &offer.server, "");
         self.add_server(node, &opened, teardown).await?;
         Ok(opened)
     }
@@ -239,6 +237,9 @@ async fn connect(server: NbdServer) -> std::io::Result<(Box<dyn Stream>, Option<
             stream.set_nodelay(true)?;
             (Box::new(stream), None)
         }
-        NbdServer::Connected(stream, hangup) => (stream, Some(hangup)),
+        NbdServer::Connected(socket) => {
+            let (stream, hangup) = socket.open()?;
+            (stream, Some(hangup))
+        }
     })
 }

@@ -53,6 +53,7 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
             "src/nbd/wire.rs",
             "src/nbd/reply.rs",
             "src/nbd/status.rs",
+            "src/nbd/ledger.rs",
         ],
         &["tokio", "rustix", "std::fs", "std::net", ".await"],
         "these are pure",
@@ -90,9 +91,12 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
             "src/pull.rs",
             "src/map.rs",
             "src/export.rs",
+            "src/entry.rs",
             "src/push",
             "src/target",
             "src/receive.rs",
+            "src/receive",
+            "src/claim.rs",
             "src/scratch.rs",
             "src/server.rs",
             "src/stake.rs",
@@ -105,7 +109,12 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
         "parts of a session do not know it",
     ),
     (
-        &["src/relay.rs", "src/flow.rs", "src/image.rs"],
+        &[
+            "src/relay.rs",
+            "src/flow.rs",
+            "src/file_call.rs",
+            "src/image.rs",
+        ],
         &["crate::qemu", "crate::nbd", "crate::view"],
         "these know neither QEMU nor NBD",
     ),
@@ -137,6 +146,10 @@ const LONG: &[(&str, &str)] = &[
     (
         "src/view.rs",
         "one disk's view: who may use it, and what is given back of it",
+    ),
+    (
+        "src/qemu/discover.rs",
+        "a disk: its name, what can be done with it, why it is left out",
     ),
     (
         "src/qemu/step.rs",

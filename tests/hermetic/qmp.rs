@@ -79,6 +79,22 @@ fn ask(qmp: &Qmp) -> tokio::task::JoinHandle<Result<Value>> {
 }
 
 #[tokio::test]
+async fn a_second_greeting_is_no_answer() {
+    let (ours, mut peer) = pair();
+    let client = tokio::spawn(Qmp::over(ours, PATIENCE));
+    // So does a QEMU that is just starting.
+    peer.send(GREETING).await;
+    peer.send(GREETING).await;
+    let (_, id) = peer.command().await;
+    peer.answer(&id, json!({})).await;
+    let qmp = client.await.unwrap().unwrap();
+    let asked = ask(&qmp);
+    let (_, id) = peer.command().await;
+    peer.answer(&id, json!(["answer"])).await;
+    assert_eq!(asked.await.unwrap().unwrap(), json!(["answer"]));
+}
+
+#[tokio::test]
 async fn no_greeting_means_that_another_client_holds_the_monitor() {
     let (ours, _peer) = pair();
     let error = Qmp::over(ours, SHORT).await.unwrap_err();

@@ -67,12 +67,12 @@ fn vm(serve: Option<fn(UnixStream)>, drivers: &'static [&'static str]) -> Monito
             let answer = match name {
                 "query-qmp-schema" => schema(drivers),
                 "query-version" => json!({"qemu": {"major": 10, "minor": 0, "micro": 2}}),
-                "query-block" => json!([{"device": "", "qdev": "disk0", "removable": false, "inserted":
+                "query-block" => json!([{"device": "", "qdev": "disk0", "removable": false, "io-status": "ok", "inserted":
                     {"node-name": "node0", "drv": "raw", "ro": false, "file": "x", "image": {"virtual-size": 65536}}}]),
                 "query-status" => json!({"status": "running"}),
                 "query-uuid" => json!({"UUID": "00000000-0000-0000-0000-000000000000"}),
                 "query-jobs" => json!(*jobs),
-                "query-commands" | "query-block-exports" | "query-named-block-nodes" => json!([]),
+                "query-commands" | "query-block-exports" | "query-named-block-nodes" | "query-fdsets" | "qom-list" => json!([]),
                 "qom-get" => return Some(json!({"error": {"class": "GenericError", "desc": "no such property"}})),
                 "blockdev-create" => {
                     jobs.push(json!({"id": arguments["job-id"], "status": "concluded"}));

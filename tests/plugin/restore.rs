@@ -172,7 +172,7 @@ fn targets_that_cannot_be() {
     for (target, code) in [
         (taken.clone(), "target_exists"),
         (folder.path().join("link"), "target_exists"),
-        (folder.path().join("none/disk"), "target_unwritable"),
+        (folder.path().join("none/disk"), "target_mismatch"),
         ("disk".into(), "invalid_params"),
         ("/".into(), "invalid_params"),
     ] {

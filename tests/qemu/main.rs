@@ -1,6 +1,7 @@
 //! Tests against the real QEMU.
 
 mod discover;
+mod late;
 #[path = "../support/machine.rs"]
 mod machine;
 mod nbd;

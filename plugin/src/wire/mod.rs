@@ -12,6 +12,7 @@ use qemu_fleece_engine::plan::{Choice, DiskPlan, Wish};
 use qemu_fleece_engine::qemu::discover::Disk;
 use qemu_fleece_engine::room;
 use qemu_fleece_engine::session::{Committed, Session, SessionDisk};
+use qemu_fleece_engine::view::View;
 use qemu_fleece_engine::{Error, Kind};
 use qemu_fleece_protocol::backup::{
     BackupDisk, BeginParams, BeginResult, CommitResult, DiskChoice, DiskEstimate, EstimateParams,
@@ -87,6 +88,20 @@ pub(crate) fn to_error(error: &Error, state: StateLeft) -> WireError {
         wire.data.reason = Some(to_reason(reason));
     }
     wire
+}
+
+/// An engine's error of a stream or push of `view`, whose backup is open.
+pub(crate) fn of_view(error: &Error, view: &View) -> WireError {
+    to_error(error, left_of(view))
+}
+
+/// What is left of a view whose stream or push has failed.
+pub(crate) fn left_of(view: &View) -> StateLeft {
+    if view.is_spent() {
+        StateLeft::DiskSpent
+    } else {
+        StateLeft::BackupOpen
+    }
 }
 
 /// An engine's error that has left `state`, unless QEMU may have gone on behind it.

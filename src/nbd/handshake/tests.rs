@@ -1,22 +1,7 @@
 //! The ways to negotiate that only targets of pushes know; `tests/hermetic` has the others.
 
 use super::*;
-
-fn greeting() -> Vec<u8> {
-    let mut bytes = NBDMAGIC.to_be_bytes().to_vec();
-    bytes.extend(IHAVEOPT.to_be_bytes());
-    bytes.extend(FLAG_FIXED_NEWSTYLE.to_be_bytes());
-    bytes
-}
-
-fn reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
-    let mut bytes = OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
-    bytes.extend(option.to_be_bytes());
-    bytes.extend(kind.to_be_bytes());
-    bytes.extend(u32::try_from(data.len()).unwrap().to_be_bytes());
-    bytes.extend(data);
-    bytes
-}
+use crate::nbd::by_hand::{greeting, option_reply as reply};
 
 /// A server that says all this and hangs up: what the client makes of it, and what it said.
 async fn tls(says: &[&[u8]]) -> (Result<()>, Vec<u8>) {
@@ -33,7 +18,7 @@ async fn tls(says: &[&[u8]]) -> (Result<()>, Vec<u8>) {
 #[tokio::test]
 async fn tls_is_agreed() {
     let ack = reply(option::START_TLS, option_reply::ACK, &[]);
-    let (agreed, heard) = tls(&[&greeting(), &ack]).await;
+    let (agreed, heard) = tls(&[&greeting(FLAG_FIXED_NEWSTYLE), &ack]).await;
     agreed.unwrap();
     let expected = [&[0, 0, 0, 1][..], b"IHAVEOPT", &[0, 0, 0, 5], &[0; 4]];
     assert_eq!(heard, expected.concat());
@@ -50,7 +35,14 @@ async fn tls_is_not_agreed() {
         (plain, Kind::NbdProtocol),
         (vec![], Kind::NbdClosed),
     ] {
-        assert_eq!(tls(&[&greeting(), &says]).await.0.unwrap_err().kind(), kind);
+        assert_eq!(
+            tls(&[&greeting(FLAG_FIXED_NEWSTYLE), &says])
+                .await
+                .0
+                .unwrap_err()
+                .kind(),
+            kind
+        );
     }
     assert_eq!(
         tls(&[&[0; 18]]).await.0.unwrap_err().kind(),
@@ -63,7 +55,7 @@ async fn a_simple_client_asks_for_nothing_but_the_export() {
     let (mut ours, mut server) = tokio::io::duplex(4096);
     let size = [&[0, 0][..], &4096u64.to_be_bytes(), &[0, 1]].concat();
     let says = [
-        greeting(),
+        greeting(FLAG_FIXED_NEWSTYLE),
         reply(option::GO, option_reply::INFO, &size),
         reply(option::GO, option_reply::ACK, &[]),
     ];

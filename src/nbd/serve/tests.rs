@@ -1,27 +1,17 @@
 //! A client's words, byte by byte, and what becomes of them.
 
 use super::*;
+use crate::error::{Error, Kind};
+use crate::nbd::by_hand::{self, FLAGS as BITS, option, option_reply as reply, simple};
+use crate::nbd::options::MAX_OPTIONS;
+use crate::nbd::wire::{MAX_OPTION_REPLY, REQUEST_MAGIC};
 use proptest::prelude::*;
 
 const SIZE: u64 = 1 << 20;
-const FLAGS: u32 = (FLAG_FIXED_NEWSTYLE | FLAG_NO_ZEROES) as u32;
-
-fn option(kind: u32, data: &[u8]) -> Vec<u8> {
-    let mut bytes = IHAVEOPT.to_be_bytes().to_vec();
-    bytes.extend(kind.to_be_bytes());
-    bytes.extend(u32::try_from(data.len()).unwrap().to_be_bytes());
-    bytes.extend(data);
-    bytes
-}
+const FLAGS: u32 = BITS as u32;
 
 fn request(kind: u16, start: u64, length: u32) -> Vec<u8> {
-    let mut bytes = REQUEST_MAGIC.to_be_bytes().to_vec();
-    bytes.extend(0u16.to_be_bytes());
-    bytes.extend(kind.to_be_bytes());
-    bytes.extend(7u64.to_be_bytes());
-    bytes.extend(start.to_be_bytes());
-    bytes.extend(length.to_be_bytes());
-    bytes
+    by_hand::request(kind, 7, start, length)
 }
 
 /// What a client says that is let in, and then what else.
@@ -78,15 +68,6 @@ async fn replies(offered: Offered, says: &[u8]) -> Vec<u8> {
     serve(offered, &says).await.2.split_off(18)
 }
 
-fn reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
-    let mut bytes = OPTION_REPLY_MAGIC.to_be_bytes().to_vec();
-    bytes.extend(option.to_be_bytes());
-    bytes.extend(kind.to_be_bytes());
-    bytes.extend(u32::try_from(data.len()).unwrap().to_be_bytes());
-    bytes.extend(data);
-    bytes
-}
-
 #[tokio::test]
 async fn all_that_a_push_asks_for() {
     let says = [
@@ -104,13 +85,7 @@ async fn all_that_a_push_asks_for() {
         Asked::Goodbye,
     ];
     assert_eq!((&asked[..], error.kind()), (&expected[..], Kind::NbdClosed));
-    let done = [
-        &SIMPLE_REPLY_MAGIC.to_be_bytes()[..],
-        &[0; 4],
-        &7u64.to_be_bytes(),
-    ]
-    .concat();
-    assert!(heard.ends_with(&done.repeat(3)));
+    assert!(heard.ends_with(&simple(0, 7).repeat(3)));
 }
 
 #[tokio::test]
@@ -169,7 +144,8 @@ async fn a_structured_reply_with_data() {
 
 #[tokio::test]
 async fn a_client_that_is_not_fixed() {
-    refused(&2u32.to_be_bytes(), "fixed newstyle").await;
+    let says = [&2u32.to_be_bytes()[..], &option(option::GO, &[])].concat();
+    refused(&says, "fixed newstyle").await;
 }
 
 #[tokio::test]
@@ -213,12 +189,7 @@ async fn requests_that_it_refuses() {
         let says = let_in(&request(kind, 0, 512));
         let (asked, _, heard) = serve(Offered::to_write(SIZE), &says).await;
         assert_eq!(asked, [Asked::Other]);
-        let refusal = [
-            &SIMPLE_REPLY_MAGIC.to_be_bytes()[..],
-            &[0, 0, 0, 22],
-            &7u64.to_be_bytes(),
-        ];
-        assert!(heard.ends_with(&refusal.concat()));
+        assert!(heard.ends_with(&simple(22, 7)));
     }
 }
 
@@ -235,7 +206,7 @@ async fn tls(says: Vec<u8>) -> (Result<()>, Vec<u8>) {
     let (mut client, ours) = tokio::io::duplex(4096);
     client.write_all(&FLAGS.to_be_bytes()).await.unwrap();
     client.write_all(&says).await.unwrap();
-    let welcomed = welcome_tls(ours).await.map(drop);
+    let welcomed = welcome_tls(&mut { ours }).await;
     let mut heard = Vec::new();
     client.read_to_end(&mut heard).await.unwrap();
     (welcomed, heard.split_off(18))

@@ -1,0 +1,113 @@
+//! What a host asks for just when its backup ends: it comes after the clean-up, and makes
+//! nothing that nobody would take away.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use qemu_fleece_engine::Kind;
+use qemu_fleece_engine::begin::{self, Member};
+use qemu_fleece_engine::checkpoint::Name;
+use qemu_fleece_engine::guardian::Program;
+use qemu_fleece_engine::image::Format;
+use qemu_fleece_engine::inspect;
+use qemu_fleece_engine::plan::Wish;
+use qemu_fleece_engine::push::{self, Options, Progress};
+use qemu_fleece_engine::qemu::Qmp;
+use qemu_fleece_engine::quiesce::Consistency;
+use qemu_fleece_engine::receive::Receive;
+use qemu_fleece_engine::room::{self, OnFull};
+use qemu_fleece_engine::server::Server;
+use qemu_fleece_engine::target::Target;
+use qemu_fleece_engine::view::View;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::machine::{Images, Machine};
+use crate::within;
+
+fn options() -> Options {
+    Options {
+        compress: false,
+        speed: None,
+        workers: 1,
+        discard_source: None,
+        timeout: Duration::from_secs(10),
+    }
+}
+
+/// The view of a machine's only disk, whose backup has ended.
+async fn ended(qmp: &Qmp, dir: &Path) -> Arc<View> {
+    let wish = Wish {
+        chain: Name::parse("default").unwrap(),
+        disks: None,
+        base: None,
+        checkpoint: None,
+        strict: false,
+        keep_unchanged: false,
+        keep_ms: 0,
+    };
+    let member = Member {
+        qmp: qmp.clone(),
+        server: Server::default(),
+        wish,
+        runtime_dir: dir.to_owned(),
+        scratch: room::Wish {
+            dir: dir.to_owned(),
+            is_named: true,
+            disk_max_bytes: None,
+            max_bytes: None,
+            min_free_bytes: None,
+            on_full: OnFull::default(),
+        },
+        consistency: Consistency::Crash,
+    };
+    // Nothing is held, so nobody is started to let it go.
+    let guardian = Program {
+        path: "/nonexistent".into(),
+        name: "nobody".into(),
+        arguments: Vec::new(),
+    };
+    let begun = begin::begin(vec![member], &guardian, &CancellationToken::new()).await;
+    let session = begun.unwrap().sessions.pop().unwrap();
+    let view = session.view("vda").unwrap();
+    assert_eq!(session.abort().await, Vec::<String>::new());
+    view
+}
+
+#[tokio::test]
+async fn nothing_begins_after_the_end() {
+    within(async {
+        let images = Images::new();
+        images.create("a", "qcow2", &[]);
+        let mut arguments = images.blockdev("a", "qcow2", "");
+        arguments.extend(["-device".into(), "virtio-blk-pci,drive=a,id=vda".into()]);
+        let machine = Machine::start(&arguments).await;
+        let qmp = machine.connect().await;
+        let dir = tempfile::tempdir().unwrap();
+        let view = ended(&qmp, dir.path()).await;
+        // Nobody has told these of the end.
+        let never = CancellationToken::new();
+        let target = Target::File {
+            path: dir.path().join("new"),
+            format: Format::Raw,
+            backing: None,
+        };
+        let (told, _progress) = watch::channel(Progress::default());
+        let pushed = push::push(&view, target, &options(), dir.path(), &told, &never).await;
+        assert_eq!(pushed.unwrap_err().kind(), Kind::Cancelled);
+        let receive = Receive::open(Arc::clone(&view), options(), dir.path().into(), never);
+        let mut receive = receive.await.unwrap();
+        let received = receive.next().await;
+        assert_eq!(received.unwrap_err().kind(), Kind::Cancelled);
+        assert_eq!(receive.close().await, Vec::<String>::new());
+        let exported = view.export(dir.path(), None).await;
+        assert_eq!(exported.unwrap_err().kind(), Kind::Cancelled);
+        let left = inspect::inspect(&qmp).await.unwrap().our_objects;
+        assert_eq!(left, Vec::<String>::new());
+        assert_eq!(dir.path().read_dir().unwrap().count(), 0);
+    })
+    .await;
+}
