@@ -6,7 +6,7 @@ import struct
 
 READ, WRITE, TRIM, ZEROES, STATUS = 0, 1, 4, 6, 7
 OPTION, OPTION_REPLY = 0x49484156454F5054, 0x3E889045565A9
-GO, STRUCTURED, SET_CONTEXT = 7, 8, 10
+EXPORT_NAME, GO, STRUCTURED, SET_CONTEXT = 1, 7, 8, 10
 ACK, INFO, CONTEXT = 1, 3, 4
 REQUEST, SIMPLE, CHUNK = 0x25609513, 0x67446698, 0x668E33EF
 DATA, HOLE, EXTENTS = 1, 2, 5
@@ -27,9 +27,19 @@ class Nbd:
             self.socket.connect(where.removeprefix("unix:"))
         self.socket.settimeout(seconds)
         self._lines = self.socket.makefile("rb")
+        try:
+            self._greet()
+            self._enter(export, context)
+        except BaseException:
+            self.close()
+            raise
+
+    def _greet(self):
         magic, option, _ = self._take(">8sQH")
         if (magic, option) != (b"NBDMAGIC", OPTION):
             raise NbdError("no NBD server")
+
+    def _enter(self, export, context):
         self.socket.sendall(struct.pack(">I", 3))
         name = struct.pack(">I", len(export)) + export.encode()
         self._option(STRUCTURED, b"")
@@ -86,8 +96,8 @@ class Nbd:
             raise NbdError(os.strerror(error))
         return chunks
 
-    def send(self, command, offset, length, payload=b""):
-        self.socket.sendall(struct.pack(">IHHQQI", REQUEST, 0, command, 1, offset, length) + payload)
+    def send(self, command, offset, length, payload=b"", cookie=1):
+        self.socket.sendall(struct.pack(">IHHQQI", REQUEST, 0, command, cookie, offset, length) + payload)
 
     def ends(self):
         """Reads until the server hangs up; TimeoutError if it does not."""
@@ -128,6 +138,28 @@ class Nbd:
         if len(data) < length:
             raise ConnectionResetError("the server hung up")
         return data
+
+
+class OldNbd(Nbd):
+    """A client that knows nothing but NBD_OPT_EXPORT_NAME and simple replies; of the oldest, with these flags."""
+
+    def __init__(self, where, export, flags=1):
+        self.flags = flags
+        super().__init__(where, export)
+
+    def _enter(self, export, context):
+        old = struct.pack(">IQII", self.flags, OPTION, EXPORT_NAME, len(export)) + export.encode()
+        self.socket.sendall(old)
+        zeros = 0 if self.flags & 2 else 124
+        self.size, self.flags = self._take(f">QH{zeros}x")
+
+    def read(self, offset, length):
+        self.send(READ, offset, length)
+        magic, error, _ = self._take(">IIQ")
+        assert magic == SIMPLE, hex(magic)
+        if error:
+            raise NbdError(os.strerror(error))
+        return self._exactly(length)
 
 
 def dirty(extents):

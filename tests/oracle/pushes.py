@@ -3,7 +3,9 @@
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
+import threading
 import time
 
 from . import support
@@ -62,6 +64,47 @@ class Pushes(Life):
         filters = ["delay", *more.pop("filters", ())]
         return self.nbdkit(f"delay-write={delay}", *parameters, filters=filters, **more)
 
+    def existing(self, path, format="raw", **more):
+        return {"kind": "existing", "path": str(path), "format": format, **more}
+
+    def new(self, path, format="qcow2", **more):
+        return {"kind": "file", "path": str(path), "format": format, **more}
+
+    def loop(self, image, *options):
+        """The block device of an image."""
+        command = ["losetup", "--find", "--show", *options, str(image)]
+        device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        self.addCleanup(subprocess.run, ["losetup", "-d", device], check=True)
+        return device
+
+    def listener(self, greet=None):
+        """Listens, accepts, and says what `greet` says; without it, nothing."""
+        listener = socket.create_server(("127.0.0.1", 0))
+        self.addCleanup(listener.close)
+        kept = []
+
+        def serve():
+            with contextlib.suppress(OSError):  # The test is over.
+                while True:
+                    kept.append(listener.accept()[0])
+                    threading.Thread(target=talk, args=kept[-1:], daemon=True).start()
+
+        def talk(client):
+            with contextlib.suppress(OSError):
+                greet(client)
+
+        if greet:
+            threading.Thread(target=serve, daemon=True).start()
+            self.addCleanup(listener.shutdown, socket.SHUT_RDWR)
+        return {"kind": "nbd", "address": f"tcp:127.0.0.1:{listener.getsockname()[1]}"}
+
+    def keys(self, user, key=b"\1"):
+        folder = self.places.folder / f"keys-{user}-{key[0]}"
+        if not folder.exists():
+            folder.mkdir()
+            (folder / "keys.psk").write_text(f"{user}:{key.hex() * 32}\n")
+        return str(folder)
+
     def server(self, *command):
         server = Server(command, self.places.folder / "server.sock")
         self.addCleanup(server.close)
@@ -78,10 +121,11 @@ class Pushes(Life):
     # --- pushing ----------------------------------------------------------------------
 
     def push(self, backup, target, disk="dev-a", **params):
-        """Starts a push: the future of its reply. What is None is left out."""
+        """Starts a push: the future of its reply. What is None is left out; records are passed over."""
         params = {name: value for name, value in params.items() if value is not None}
         target = {name: value for name, value in target.items() if value is not None}
-        return backup.plugin.start("backup.push", {"backup": backup.id, "disk": disk, "target": target, **params})
+        params = {"backup": backup.id, "disk": disk, "target": target, **params}
+        return backup.plugin.start("backup.push", params, on_record=lambda *_: None)
 
     def start(self, backup, server, tls=None, **params):
         """A push of which some has been written; two writes are under way."""
@@ -103,7 +147,9 @@ class Pushes(Life):
         self.assertIsInstance(error, PluginError, "the push succeeded")
         self.assertIn(error.code, codes, error)
         if error.code != "invalid_params":
-            self.assertEqual("backup_open", error.data["state_left"], error)
+            # Which one is true shows when `doomed` ends.
+            self.assertIn(error.data["state_left"], ("backup_open", "disk_spent"), error)
+            self.spent = error.data["state_left"] == "disk_spent"
         self.assertEqual([], error.data.get("leftovers", []), error)
         return error
 
@@ -119,6 +165,11 @@ class Pushes(Life):
             image = raw
         self.assert_equal_files(image, self.rig.oracle()[node], str(image))
 
+    def copied(self):
+        """Bytes that QEMU has pushed by now, of all disks."""
+        jobs = self.rig.qmp.command("query-block-jobs")
+        return sum(job["offset"] for job in jobs if job["device"].endswith("-push"))
+
     # --- what holds after each --------------------------------------------------------
 
     @contextlib.contextmanager
@@ -127,7 +178,11 @@ class Pushes(Life):
         before = self.listing()
         with self.rig.plugin() as plugin:
             backup = Backup(plugin, self.rig.monitor, base=base, checkpoint="never", **params)
+            self.spent = False
             yield backup
+            # It comes to its path only where the disk can be pushed again.
+            again = self.push(backup, self.existing("relative")).exception(support.SECONDS)
+            self.assertEqual("offset_released" if self.spent else "invalid_params", again.code)
             data = self.refused("incomplete", plugin, "backup.commit", {"backup": backup.id})
             self.assertEqual("backup_open", data["state_left"])
             self.assertEqual({"leftovers": []}, backup.abort())

@@ -76,6 +76,8 @@ class Qmp:
         try:
             for line in self._lines:
                 message = json.loads(line)
+                if "QMP" in message:
+                    continue  # A QEMU that is just starting may greet twice.
                 (self.events if "event" in message else self._replies).put(message)
         except (OSError, ValueError):
             pass  # Closed, perhaps in the middle of a line.

@@ -100,7 +100,9 @@ def ours(qmp):
     ]
     names += [f"job {job['id']}" for job in qmp.command("query-jobs")]
     names += [f"export {export['id']}" for export in qmp.command("query-block-exports")]
-    names += [f"object {each['name']}" for each in qmp.command("qom-list", {"path": "/objects"})]
+    # A storage daemon has no place for objects as long as there are none.
+    if "objects" in {each["name"] for each in qmp.command("qom-list", {"path": "/"})}:
+        names += [f"object {each['name']}" for each in qmp.command("qom-list", {"path": "/objects"})]
     commands = {entry["name"] for entry in qmp.command("query-commands")}
     if "query-fdsets" in commands:
         names += [f"fdset {one.get('opaque')}" for fdset in qmp.command("query-fdsets") for one in fdset["fds"]]

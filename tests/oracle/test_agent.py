@@ -1,5 +1,6 @@
 """Guests that are held still for the instant: the real agent, a real guest, and who is killed between."""
 
+import itertools
 import os
 import pathlib
 import signal
@@ -9,7 +10,7 @@ import time
 from . import support
 from .agent import Agent, Gate
 from .guest import Disk, Guest
-from .machines import Vm, make_image, virtio
+from .machines import Relay, Vm, make_image, virtio
 from .support import PLUGIN, QEMU, QEMU_7_2, Backup, Rig, Wire, ours
 
 SECONDS = support.SECONDS
@@ -37,11 +38,30 @@ def guardian_of(pid, missing=False):
     return int(child)
 
 
+class Probe:
+    """A process of the guest that writes to each file system once."""
+
+    numbers = itertools.count(1)
+
+    def __init__(self, guest, filesystems):
+        self.guest = guest
+        self.done = f"/tmp/probe{next(self.numbers)}"
+        writes = " && ".join(f"echo x >/mnt/{number}/probe && sync" for number in range(filesystems))
+        self.pid = guest.run(f"sh ({writes} && touch {self.done}) >/dev/null 2>&1 & echo $!")
+
+    def wait_stuck(self):
+        """Until it waits for a thaw."""
+        place = f"sh cat /proc/{self.pid}/wchan 2>/dev/null || true"
+        wait_for("stuck", lambda: "percpu_rwsem" in self.guest.run(place))
+
+    def wait_through(self):
+        wait_for("through", lambda: self.guest.run(f"sh ls {self.done} 2>/dev/null || true"))
+
+
 class Frozen(support.Test):
     """One guest with two ext4, for all tests; between the plugin and its monitor stands a gate."""
 
     qemu = QEMU
-    probes = 0
 
     @classmethod
     def setUpClass(cls):
@@ -63,7 +83,7 @@ class Frozen(support.Test):
             self.gate.drop()
         if self.wire:
             self.wire.close()
-        self.wait_thawed(self.probe())
+        self.probe().wait_through()
         with Agent(self.guest.agent) as agent:
             self.assertEqual("thawed", agent.call("guest-fsfreeze-status"))
         with self.rig.plugin() as plugin:
@@ -93,18 +113,7 @@ class Frozen(support.Test):
         return id
 
     def probe(self):
-        """Has the guest write to each file system, in the background: the probe's number."""
-        Frozen.probes += 1
-        number = Frozen.probes
-        writes = " && ".join(f"echo x >/mnt/{n}/probe && sync" for n in (0, 1))
-        self.guest.run(f"sh ({writes} && touch /tmp/{number}) >/dev/null 2>&1 &")
-        return number
-
-    def is_through(self, number):
-        return self.guest.run(f"sh ls /tmp/{number} 2>/dev/null || true") != ""
-
-    def wait_thawed(self, number):
-        wait_for("thawed", lambda: self.is_through(number))
+        return Probe(self.guest, 2)
 
     def fails(self, code, id):
         """The error of a request."""
@@ -133,24 +142,31 @@ class Agents(Frozen):
             self.assertEqual(("agent", 2), (found["kind"], found["filesystems"]))
             times.append(found["frozen_ms"])
 
+    def test_over_tcp(self):
+        self.start()
+        relay = Relay(self.guest.agent)
+        self.addCleanup(relay.close)
+        found = self.abort(self.begin({**self.consistency(), "socket": relay.address}))
+        self.assertEqual("agent", found["kind"])
+
     def test_writes_wait_for_the_instant_and_no_longer(self):
         id = self.reach(self.consistency())
         probe = self.probe()
-        self.assertFalse(self.is_through(probe))
+        probe.wait_stuck()
         self.gate.open()
         self.assertEqual("agent", self.abort(id)["kind"])
-        self.wait_thawed(probe)
+        probe.wait_through()
 
     def test_the_plugin_is_killed(self):
         self.reach(self.consistency(deadline=60000))
         guardian = guardian_of(self.wire.process.pid)
         probe = self.probe()
-        self.assertFalse(self.is_through(probe))
+        probe.wait_stuck()
         # The whole group: the guardian is not of it.
         os.killpg(self.wire.process.pid, signal.SIGKILL)
         self.wire.wait()
         self.gate.drop()
-        self.wait_thawed(probe)
+        probe.wait_through()
         # It has nothing more to do. Whoever adopts it may let it lie.
         wait_for("ended", lambda: has_ended(guardian))
 
@@ -158,7 +174,7 @@ class Agents(Frozen):
         id = self.reach(self.consistency(deadline=60000))
         probe = self.probe()
         os.kill(guardian_of(self.wire.process.pid), signal.SIGTERM)
-        self.wait_thawed(probe)
+        probe.wait_through()
         self.gate.open()
         self.fails("consistency_lost", id)
 
@@ -166,16 +182,16 @@ class Agents(Frozen):
         id = self.reach(self.consistency(deadline=60000))
         os.kill(guardian_of(self.wire.process.pid), signal.SIGKILL)
         probe = self.probe()
-        self.assertFalse(self.is_through(probe))
+        probe.wait_stuck()
         self.gate.open()
         self.fails("consistency_lost", id)
-        self.wait_thawed(probe)
+        probe.wait_through()
 
     def test_the_deadline_passes(self):
         began = time.monotonic()
         id = self.reach(self.consistency(deadline=DEADLINE))
         # The plugin waits for QEMU; the guest does not.
-        self.wait_thawed(self.probe())
+        self.probe().wait_through()
         self.assertGreater(time.monotonic() - began, DEADLINE / 1000)
         self.gate.open()
         self.fails("consistency_lost", id)
@@ -183,7 +199,7 @@ class Agents(Frozen):
         self.gate.shut()
         id = self.begin(self.consistency("try", DEADLINE))
         self.gate.reached.wait(SECONDS)
-        self.wait_thawed(self.probe())
+        self.probe().wait_through()
         self.gate.open()
         found = self.abort(id)
         self.assertEqual(("crash", "consistency_lost"), (found["kind"], found["reason"]))
@@ -192,9 +208,10 @@ class Agents(Frozen):
     def test_cancelled(self):
         id = self.reach(self.consistency(deadline=60000))
         probe = self.probe()
+        probe.wait_stuck()
         self.assertEqual({"found": True}, self.wire.call("cancel", {"id": id}))
         self.gate.open()
-        self.wait_thawed(probe)
+        probe.wait_through()
         self.fails("cancelled", id)
 
     def test_somebody_thaws_one_file_system(self):
@@ -208,7 +225,8 @@ class Agents(Frozen):
         with Agent(self.guest.agent) as agent:
             self.assertEqual(2, agent.call("guest-fsfreeze-freeze"))
         try:
-            self.fails("agent_refused", self.begin(self.consistency()))
+            error = self.fails("agent_refused", self.begin(self.consistency()))
+            self.assertIn("frozen already", error["message"])
             found = self.abort(self.begin(self.consistency("try")))
             self.assertEqual(("crash", "agent_refused"), (found["kind"], found["reason"]))
         finally:
@@ -246,11 +264,11 @@ class Agents(Frozen):
             self.gate.open()
             # It is told, and what is told is so.
             self.assertEqual("ask_operator", self.fails("guest_held", id)["data"]["action"])
-            self.assertFalse(self.is_through(probe))
+            probe.wait_stuck()
         finally:
             self.guest.run(f"sh kill -CONT {self.agent}")
         # The guardian went on.
-        self.wait_thawed(probe)
+        probe.wait_through()
         wait_for("ended", lambda: has_ended(guardian))
 
     def test_what_is_no_consistency(self):
@@ -286,10 +304,11 @@ class AgentsOfQemu7(Frozen):
     def test_the_plugin_is_killed(self):
         self.reach(self.consistency(deadline=60000))
         probe = self.probe()
+        probe.wait_stuck()
         os.killpg(self.wire.process.pid, signal.SIGKILL)
         self.wire.wait()
         self.gate.drop()
-        self.wait_thawed(probe)
+        probe.wait_through()
 
 
 class OtherAgents(support.Test):
@@ -401,12 +420,12 @@ class Group(support.Test):
                 self.assertTrue(rig.proxy.reached.wait(SECONDS))
             # One is through: its guest waits for the other's instant.
             first.proxy.open()
-            first.machine.run("sh (echo x >/mnt/0/probe && touch /tmp/through) >/dev/null 2>&1 &")
-            self.assertEqual("", first.machine.run("sh ls /tmp/through 2>/dev/null || true"))
+            probe = Probe(first.machine, 1)
+            probe.wait_stuck()
             second.proxy.open()
             kinds = [backup["consistency"]["kind"] for backup in future.result(SECONDS)["backups"]]
             self.assertEqual(["agent", "agent"], kinds)
-            wait_for("thawed", lambda: first.machine.run("sh ls /tmp/through 2>/dev/null || true"))
+            probe.wait_through()
 
 
 class Paused(support.Test):

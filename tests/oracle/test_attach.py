@@ -225,6 +225,61 @@ class Attach(Life):
         self.assertEqual([backup], self.call("reclaim")["reclaimed"])
         self.assertEqual([], self.left())
 
+    def test_notes_that_lie(self):
+        """They name what is none of ours: nothing is taken over, nothing is made or removed there."""
+        backup = self.begin(**KEEP)
+        self.kill()
+        precious = self.rig.folder / "precious"
+        precious.mkdir()
+        (precious / "nbd.sock").write_text("precious")
+        path = {"path": f"/objects/qf-{backup}-owner", "property": "data"}
+        truth = self.rig.qmp.command("qom-get", path)
+
+        def claim(change):
+            lie = json.loads(truth)
+            change(lie)
+            self.rig.qmp.command("qom-set", {**path, "value": json.dumps(lie)})
+
+        with self.rig.plugin() as plugin:
+            for lie in (
+                lambda claim: claim.update(dir=str(precious)),
+                lambda claim: claim["session"].update(server=str(precious / "nbd.sock")),
+                lambda claim: claim["session"].update(server=str(self.rig.folder / "qmp")),
+                lambda claim: claim["session"]["disks"][0].update(disk="../../precious"),
+                lambda claim: claim["session"]["disks"][0].update(checkpoint="theirs"),
+            ):
+                claim(lie)
+                params = {"monitor": self.rig.monitor, "backup": backup}
+                data = self.refused("monitor_protocol", plugin, "backup.attach", params)
+                self.assertEqual("unchanged", data["state_left"])
+                self.assertEqual("precious", (precious / "nbd.sock").read_text())
+            self.rig.qmp.command("qom-set", {**path, "value": truth})
+            kept = self.attached(plugin)
+            kept.read_all(self.rig)
+            self.finish(kept)
+        self.assertEqual("precious", (precious / "nbd.sock").read_text())
+
+    def test_a_note_of_more_than_the_disk(self):
+        """Nothing of the disk is known to be there then."""
+        backup = self.begin(**KEEP)
+        asked = self.wire.send("backup.ack", {"backup": backup, "disk": "dev-a", "offset": 0})
+        self.wire.reply(asked)
+        self.kill()
+        lie = {"time_ms": 1, "released": SIZE + 1, "mark": None, "complete": False}
+        lie |= {"exported": False, "spent": False, "partial": False}
+        note, text = f"qf-{backup}-0-at", json.dumps(lie)
+        if note in [each["name"] for each in self.rig.qmp.command("qom-list", {"path": "/objects"})]:
+            self.rig.qmp.command("object-del", {"id": note})
+        self.rig.qmp.command("object-add", {"qom-type": "secret", "id": note, "data": text})
+        with self.rig.plugin() as plugin:
+            kept = self.attached(plugin)
+            self.assertIsNone(kept.disks["dev-a"].get("resume"))
+            for offset in (0, SIZE, SIZE + 1):
+                params = {"backup": backup, "disk": "dev-a", "offset": offset}
+                self.refused("offset_released", plugin, "backup.read", params)
+            kept.abort()
+        self.assertEqual([], self.left())
+
     def test_one_that_lives(self):
         backup = self.begin()
         reply = self.wire.reply(self.wire.send("backup.attach", {"monitor": self.rig.monitor, "backup": backup}))

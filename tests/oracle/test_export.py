@@ -556,10 +556,11 @@ class Races(Machine):
 class Sockets(Machine):
     """`socket`: the export comes over a descriptor that the plugin was started with."""
 
-    def export(self, ours, theirs, disk="dev-a"):
+    def export(self, ours, theirs, disk="dev-a", checkpoint=None):
         wire = Wire(self.rig.command(), pass_fds=[theirs.fileno()])
         self.addCleanup(wire.close)
-        backup = wire.call("backup.begin", {"monitor": self.rig.monitor})["backup"]
+        params = {"monitor": self.rig.monitor, "checkpoint": checkpoint}
+        backup = wire.call("backup.begin", params)["backup"]
         self.write("write -P 2 0 16M")
         params = {"backup": backup, "disk": disk, "socket": f"fd:{theirs.fileno()}"}
         export = wire.call("backup.export", params)
@@ -602,15 +603,47 @@ class Sockets(Machine):
         self.nothing_is_left()
 
     def test_a_client_that_does_not_read(self):
+        for end in ("commit", "abort"):
+            with self.subTest(end):
+                self.write("write -P 1 0 8M")
+                ours, theirs = socket.socketpair()
+                wire, backup, _, client = self.export(ours, theirs, checkpoint=end)
+                for _ in range(8):
+                    client.send(READ, 0, 8 * MIB)
+                ours.recv(1)
+                # What waits for the client, QEMU or we, would wait until it is given up.
+                began = time.monotonic()
+                params = {"backup": backup} | ({"disks": ["dev-a"]} if end == "commit" else {})
+                self.assertEqual([], wire.call(f"backup.{end}", params)["leftovers"])
+                self.assertLess(time.monotonic() - began, SOON / 2)
+                client.ends()
+                wire.close()
+                self.nothing_is_left()
+
+    def test_a_connection_outlives_requests_that_are_refused(self):
         ours, theirs = socket.socketpair()
-        wire, backup, _, client = self.export(ours, theirs)
-        for _ in range(8):
-            client.send(READ, 0, 8 * MIB)
-        ours.recv(1)
-        self.assertEqual({"leftovers": []}, wire.call("backup.abort", {"backup": backup}))
-        client.ends()
-        wire.close()
-        self.nothing_is_left()
+        wire = Wire(self.rig.command(), pass_fds=[theirs.fileno()])
+        self.addCleanup(wire.close)
+        right = {"disk": "dev-a", "socket": f"fd:{theirs.fileno()}"}
+        theirs.close()
+
+        def refused(code, **wrong):
+            reply = wire.reply(wire.send("backup.export", {**right, **wrong}))
+            self.assertEqual(code, reply["error"]["data"]["code"])
+            with self.assertRaises(BlockingIOError):
+                ours.recv(1, socket.MSG_DONTWAIT)
+
+        refused("unknown_backup", backup="0123456789")
+        right["backup"] = wire.call("backup.begin", {"monitor": self.rig.monitor})["backup"]
+        refused("unknown_disk", disk="dev-c")
+        refused("invalid_params", more=1)
+        # One that is refused only when QEMU's work is done.
+        target = {"kind": "file", "path": str(self.places.folder / "pushed"), "format": "raw"}
+        wire.call("backup.push", {"backup": right["backup"], "disk": "dev-b", "target": target})
+        refused("offset_released", disk="dev-b")
+        wire.call("backup.export", right)
+        with Nbd(ours, "dev-a") as client:
+            self.assertEqual(b"\1" * 512, client.read(0, 512))
 
     def test_what_is_no_socket(self):
         with open(self.places.folder / "a", "rb") as file:

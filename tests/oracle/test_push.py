@@ -9,8 +9,10 @@ import subprocess
 
 from . import support, test_matrix
 from .guest import MIB
+from .life import SIZE
+from .pushes import Pushes
 from .support import Backup, Rig
-from .targets import Server
+from .targets import Nbdkit, Server
 
 # What a file may take beyond its data: the metadata of its own file system.
 SPARE = 64 * 1024
@@ -130,19 +132,59 @@ class Sparse(support.Test):
                 self.assertLessEqual(self.allocated(target["path"]), 3 * 65536 + meta, target)
             backup.abort()
 
-    def test_the_view_shrinks_with_the_push(self):
+    def scratch_during_push(self, size, **params):
+        """(Bytes pushed, bytes of scratch) as told on the way, when all of the data has gone to scratch before."""
         rig = self.rig()
-        support.io(rig.qmp, "dev-disk0/virtio-backend", "write -P 7 0 32M")
-        with rig.plugin() as plugin:
+        support.io(rig.qmp, "dev-disk0/virtio-backend", f"write -P 7 0 {size}")
+        image, notes = rig.folder / "image", []
+        support.make_image(image, "raw", 64 * MIB)
+        # It takes a while, in which progress is told a few times.
+        slow = {"filters": ["delay"], "path": rig.folder / "nbd"}
+        server = Nbdkit(image, rig.folder / "log", "delay-write=50ms", **slow)
+        self.addCleanup(server.close)
+        with rig.plugin(on_notice=lambda method, note: method == "progress" and notes.append(note)) as plugin:
             backup = Backup(plugin, rig.monitor)
-            support.io(rig.qmp, "dev-disk0/virtio-backend", "write -P 8 0 32M")
-            reply = backup.call("push", disk="dev-disk0", target={
-                "kind": "file", "path": str(rig.folder / "new.raw"), "format": "raw"})
-            self.assertGreater(reply["scratch_peak"], 32 * MIB)
-            self.assert_equal_files(rig.folder / "new.raw", rig.oracle()["disk0"], "new.raw")
-            # What QEMU has written it forgets, so it cannot be had again.
-            refused = {"backup": backup.id, "disk": "dev-disk0"}
-            self.refused("offset_released", plugin, "backup.read", refused)
-            backup.commit()
-        self.assertEqual([], support.ours(rig.qmp))
+            support.io(rig.qmp, "dev-disk0/virtio-backend", f"write -P 8 0 {size}")
+            reply = backup.call("push", disk="dev-disk0", target=server.target(is_zero=True), workers=1, **params)
+            self.assert_equal_files(image, rig.oracle()["disk0"], "the target")
+            self.assertGreater(reply["scratch_peak"], size)
+            backup.abort()
+        told = [(note["done"], note["scratch_bytes"]) for note in notes]
+        self.assertEqual(size, told[-1][0])
+        # A look at its start and at its end would not do.
+        self.assertTrue([done for done, _ in told if size / 4 < done < size * 3 / 4], told)
+        return told
 
+    def test_scratch_shrinks_with_the_push(self):
+        """What QEMU has written it forgets at once, but for what is under way."""
+        size = 32 * MIB
+        for done, scratch in self.scratch_during_push(size):
+            self.assertLess(scratch, size - done + 4 * MIB)
+
+    def test_scratch_is_kept_for_another_push(self):
+        size = 32 * MIB
+        for _, scratch in self.scratch_during_push(size, discard_source=False):
+            self.assertGreaterEqual(scratch, size)
+
+class Progress(Pushes):
+    def test_it_is_told_of_a_push_to_a_target(self):
+        told = []
+
+        def notice(method, params):
+            if method == "progress":
+                told.append(params)
+
+        with self.opened(plugin=self.rig.plugin(on_notice=notice)) as backup:
+            server = self.slow()
+            self.pushed(backup, server.target(), workers=1)
+            self.equal(server.image)
+        done = [each["done"] for each in told]
+        self.assertEqual(sorted(done), done)
+        self.assertGreater(len(set(done)), 2, "it is told of the start and the end only")
+        self.assertEqual(told[-1]["total"], done[-1])
+        self.assertLessEqual(done[-1], SIZE)
+        self.assertGreater(done[-1], 0)
+        # Zeros and data are QEMU's affair; the records are those of another target.
+        self.assertEqual({("dev-a", 0)}, {(each["disk"], each["data_bytes"]) for each in told})
+        self.assertEqual(1, len({each["stream"] for each in told}))
+        self.assertGreater(max(each["scratch_bytes"] for each in told), 0)

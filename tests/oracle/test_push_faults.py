@@ -168,7 +168,7 @@ class Faults(Pushes):
             self.equal(server.image)
 
     def test_another_try(self):
-        """What was not discarded can be pushed again, elsewhere; what was is not pushed as if it were there."""
+        """What was not discarded can be pushed again, elsewhere; what was is told to be spent."""
         good = self.nbdkit(image=self.raw("good"))
         # None: where QEMU can.
         for discard in (False, None):
@@ -177,9 +177,13 @@ class Faults(Pushes):
             with self.subTest(discard=discard), self.doomed() if gone else self.opened() as backup:
                 future = self.start(backup, server, discard_source=discard)
                 server.kill()
-                self.failed("target_failed", future)
+                left = self.failed("target_failed", future).data["state_left"]
+                self.assertEqual("disk_spent" if gone else "backup_open", left)
                 if gone:
                     self.fails("offset_released", backup, good.target())
+                    data = self.refused("offset_released", backup.plugin, "backup.read",
+                                        {"backup": backup.id, "disk": "dev-a"})
+                    self.assertEqual("disk_spent", data["state_left"])
                 else:
                     self.pushed(backup, good.target())
                     self.equal(good.image)
@@ -216,6 +220,15 @@ class Faults(Pushes):
                     server.suspend()
                 self.cancel(backup, future, request)
                 self.answers()
+
+    def test_cancel_of_records(self):
+        for discard in (False, None):
+            with self.subTest(discard=discard), self.doomed() as backup:
+                request = backup.plugin._next_id
+                future = self.push(backup, {"kind": "records"}, speed=MIB, discard_source=discard)
+                until(lambda: self.copied() or future.done())
+                self.cancel(backup, future, request)
+                self.assertEqual(discard is None and self.qemu != QEMU_7_2, self.spent)
 
     def test_cancel_of_a_new_file(self):
         path = self.targets / "new"
@@ -283,6 +296,14 @@ class Faults(Pushes):
 class FaultsIn72(Faults):
     qemu = QEMU_7_2
 
+    def test_discard_source(self):
+        """Which this QEMU does not know: all is there still."""
+        with self.opened() as backup:
+            target = self.existing(self.raw())
+            self.fails("qemu_unsupported", backup, target, discard_source=True)
+            self.pushed(backup, target)
+            self.equal(target["path"])
+
 
 class TwoDisks(Pushes):
     formats = {"a": "qcow2", "b": "raw"}
@@ -295,7 +316,7 @@ class TwoDisks(Pushes):
             futures = [self.start(backup, hung), self.start(backup, good, disk="dev-b")]
             hung.suspend()
             futures[1].result(support.SECONDS)
-            self.failed("target_timeout", futures[0])
+            self.assertEqual("disk_spent", self.failed("target_timeout", futures[0]).data["state_left"])
             self.equal(good.image, node="b")
             self.assertEqual(["dev-b"], backup.commit(disks=["dev-b"])["committed"])
             self.assertEqual([], self.left())

@@ -1,6 +1,7 @@
 """Files, block devices and descriptors as push targets: those that serve, and those that are refused."""
 
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -14,12 +15,6 @@ from .targets import until
 
 
 class Files(Pushes):
-    def existing(self, path, format="raw", **more):
-        return {"kind": "existing", "path": str(path), "format": format, **more}
-
-    def new(self, path, format="qcow2", **more):
-        return {"kind": "file", "path": str(path), "format": format, **more}
-
     def qcow2(self, name, size=SIZE, *options):
         support.make_image(self.targets / name, "qcow2", size, *options)
         return self.targets / name
@@ -33,29 +28,32 @@ class Files(Pushes):
             "clusters": self.existing(self.qcow2("clusters", SIZE, "-o", "cluster_size=2M"), "qcow2"),
         }.items():
             with self.subTest(name), self.doomed() as backup:
-                before = open(target["path"], "rb").read()
+                before = pathlib.Path(target["path"]).read_bytes()
                 self.fails("target_mismatch", backup, target)
-                self.assertEqual(before, open(target["path"], "rb").read())
+                self.assertEqual(before, pathlib.Path(target["path"]).read_bytes())
 
     def test_existing_images_that_are_none(self):
-        """Which of these words fits is in the eye of the beholder; hanging is none."""
-        words = ("target_refused", "target_unwritable", "target_mismatch")
         os.mkfifo(self.targets / "fifo")
+        (self.targets / "loop").symlink_to("loop")
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(f"{self.targets}/socket")
-        for path, format, codes in (
-            (self.targets / "not", "raw", words[:2]),
-            (self.targets / "not", "qcow2", words[:2]),
-            (self.targets, "raw", words),
-            (self.raw("none", fill=0x55), "qcow2", words[:1]),
-            (self.targets / "fifo", "raw", words),
-            (self.targets / "socket", "raw", words),
-            ("/dev/null", "raw", words),
+        for path, format, code in (
+            (self.targets / "not", "raw", "target_mismatch"),
+            (self.targets / "not", "qcow2", "target_mismatch"),
+            (self.targets / "not/there", "raw", "target_mismatch"),
+            (self.targets / "loop", "raw", "target_mismatch"),
+            (self.targets / ("n" * 256), "raw", "target_mismatch"),
+            (self.targets, "raw", "target_mismatch"),
+            (self.targets / "fifo", "raw", "target_mismatch"),
+            (self.targets / "socket", "raw", "target_mismatch"),
+            ("/dev/null", "raw", "target_mismatch"),
+            (self.raw("none", fill=0x55), "qcow2", "target_refused"),
+            ("relative", "raw", "invalid_params"),
         ):
             with self.subTest(path=path, format=format), self.doomed() as backup:
                 future = self.push(backup, self.existing(path, format))
                 self.monitor_answers_until(future)
-                self.failed(codes, future)
+                self.failed(code, future)
 
     def test_read_only(self):
         folder = self.tmpfs("32M")
@@ -63,13 +61,24 @@ class Files(Pushes):
         image.touch()
         os.truncate(image, SIZE)
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-        codes = ("target_mismatch", "target_unwritable")
         with self.doomed() as backup:
-            self.fails(codes, backup, self.existing(image))
-            self.fails("target_unwritable", backup, self.new(folder / "new"))
+            self.fails("target_mismatch", backup, self.existing(image))
+            self.fails("target_mismatch", backup, self.new(folder / "new"))
         device = self.loop(self.raw(), "-r")
         with self.doomed() as backup:
-            self.fails(codes, backup, self.existing(device))
+            self.fails("target_mismatch", backup, self.existing(device))
+
+    def test_no_permission(self):
+        """The operator's affair, whoever the plugin runs as: even root may not write to these."""
+        image = self.raw("kept", fill=0x66)
+        folder = self.targets / "folder"
+        folder.mkdir()
+        for path in (image, folder):
+            subprocess.run(["chattr", "+i", str(path)], check=True)
+            self.addCleanup(subprocess.run, ["chattr", "-i", str(path)], check=True)
+        with self.doomed() as backup:
+            self.fails("target_refused", backup, self.existing(image))
+            self.fails("target_refused", backup, self.new(folder / "new"))
 
     def test_an_image_that_is_in_use(self):
         """By a program that locks it: not even its first byte is lost."""
@@ -101,10 +110,10 @@ class Files(Pushes):
             (there, "target_exists"),
             (self.targets, "target_exists"),
             (self.targets / "dangling", "target_exists"),
-            (self.targets / "no/new", "target_unwritable"),
-            (there / "new", "target_unwritable"),
-            (self.targets / ("n" * 256), "target_unwritable"),
-            ("/proc/new", "target_unwritable"),
+            (self.targets / "no/new", "target_mismatch"),
+            (there / "new", "target_mismatch"),
+            (self.targets / ("n" * 256), "target_mismatch"),
+            ("/proc/new", "target_mismatch"),
             ("relative", "invalid_params"),
             ("", "invalid_params"),
         ):
@@ -118,6 +127,7 @@ class Files(Pushes):
         raw = self.new(self.targets / "new", "raw")
         nbd = {"kind": "nbd", "address": f"unix:{self.targets}/sock"}
         backing = {"path": str(self.base_image), "format": "raw"}
+        there = self.existing(self.qcow2("there"), "qcow2")
         with self.doomed() as backup:
             for target, more in (
                 ({"kind": "tape"}, {}),
@@ -126,6 +136,8 @@ class Files(Pushes):
                 ({**new, "backing": backing}, {}),  # It is a full.
                 (raw, {"compress": True}),
                 (nbd, {"compress": True}),
+                # QEMU writes no compressed cluster where there is one.
+                (there, {"compress": True}),
                 ({**nbd, "address": "unix:relative"}, {}),
                 ({**nbd, "address": "/path"}, {}),
                 ({**nbd, "tls": {"kind": "none"}}, {}),
@@ -182,7 +194,8 @@ class Files(Pushes):
             try:
                 self.within(1, self.write, "write -P 9 12M 64K")
                 error = future.exception(TIMEOUT / 1000 + 4 * SOON)
-                self.assertEqual(("target_timeout", "backup_open"), (error.code, error.data["state_left"]), error)
+                self.assertEqual("target_timeout", error.code, error)
+                self.spent = error.data["state_left"] == "disk_spent"
                 self.within(1, self.write, "write -P 9 12M 64K")
             finally:
                 subprocess.run(["fsfreeze", "-u", str(folder)], check=True)
@@ -207,12 +220,53 @@ class Files(Pushes):
 
     # --- block devices ----------------------------------------------------------------
 
-    def loop(self, image, *options):
-        """The block device of an image."""
-        command = ["losetup", "--find", "--show", *options, str(image)]
-        device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-        self.addCleanup(subprocess.run, ["losetup", "-d", device], check=True)
-        return device
+    def free(self, device):
+        """Nobody claims it."""
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+
+    def test_a_block_device_that_is_mounted(self):
+        """Or claimed in another way: Linux tells those who ask."""
+        image, folder = self.raw(), self.places.folder / "mounted"
+        folder.mkdir()
+        subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+        device = self.loop(image)
+        (self.targets / "link").symlink_to(device)
+        subprocess.run(["mount", device, str(folder)], check=True)
+        try:
+            (folder / "file").write_text("precious")
+            with self.doomed() as backup:
+                self.fails("target_refused", backup, self.existing(device))
+                self.fails("target_refused", backup, self.existing(self.targets / "link"))
+            subprocess.run(["umount", str(folder)], check=True)
+            # From the device, not from memory.
+            subprocess.run(["mount", device, str(folder)], check=True)
+            self.assertEqual("precious", (folder / "file").read_text())
+        finally:
+            subprocess.run(["umount", str(folder)], check=True)
+        claimed = os.open(device, os.O_RDONLY | os.O_EXCL)
+        with self.doomed() as backup:
+            self.fails("target_refused", backup, self.existing(device))
+        os.close(claimed)
+        with self.opened() as backup:
+            self.pushed(backup, self.existing(device))
+            self.free(device)
+            self.synced(device)
+            self.equal(image)
+
+    def test_a_block_device_is_claimed(self):
+        """Nobody can mount it while QEMU writes to it; when the push has ended, anybody can."""
+        device, small = self.loop(self.raw()), self.loop(self.raw("small", size=SIZE - MIB))
+        with self.doomed() as backup:
+            self.fails("target_mismatch", backup, self.existing(small))
+            self.free(small)
+            request = backup.plugin._next_id
+            future = self.push(backup, self.existing(device), speed=MIB)
+            until(lambda: self.copied() or future.done())
+            with self.assertRaises(OSError, msg="it can be claimed"):
+                self.free(device)
+            backup.plugin.call("cancel", {"id": request}, support.SECONDS)
+            self.failed("cancelled", future)
+            self.free(device)
 
     def test_a_block_device(self):
         """Through a link, as they are named in /dev/disk."""
@@ -272,17 +326,61 @@ class Files(Pushes):
                 self.pushed(backup, self.existing("fd:9", format))
                 self.equal(image, format)
         with self.opened(plugin=self.plugin_with(image, "<")) as backup:
-            self.fails(("target_mismatch", "target_unwritable"), backup, self.existing("fd:9", "qcow2"))
+            self.fails("target_mismatch", backup, self.existing("fd:9", "qcow2"))
+        self.unharmed()
+
+    def test_a_monitor_that_takes_no_descriptors(self):
+        """QEMU opens paths by itself then; what came by descriptor has none."""
+        relay = support.Relay(self.rig.monitor.removeprefix("unix:"))
+        self.addCleanup(relay.close)
+        image = self.raw()
+        device = self.loop(image)
+        with self.plugin_with(image, "<>") as plugin:
+            backup = support.Backup(plugin, relay.address)
+            self.fails("qemu_unsupported", backup, self.existing("fd:9"))
+            future = self.push(backup, self.existing(device), speed=8 * MIB, discard_source=False)
+            until(lambda: self.copied() or future.done())
+            with self.assertRaises(OSError, msg="it can be claimed"):
+                self.free(device)
+            future.result(support.SECONDS)
+            self.free(device)
+            self.synced(device)
+            self.equal(image)
+            self.assertEqual({"leftovers": []}, backup.abort())
         self.unharmed()
 
     def test_an_inherited_connection(self):
         server = self.nbdkit()
         with self.opened(plugin=self.plugin_connected(server)) as backup:
-            self.pushed(backup, {"kind": "nbd", "address": "fd:9"})
+            target = {"kind": "nbd", "address": "fd:9"}
+            self.pushed(backup, target, discard_source=False)
             self.equal(server.image)
-            # It has been used up.
-            codes = ("invalid_params", "target_unreachable", "target_failed", "offset_released")
-            self.failed(codes, self.push(backup, {"kind": "nbd", "address": "fd:9"}, timeout_ms=TIMEOUT))
+            # It was hung up when the push was over.
+            self.fails("target_unreachable", backup, target, timeout_ms=TIMEOUT)
+        self.unharmed()
+
+    def test_an_inherited_connection_outlives_requests_that_are_refused(self):
+        """It is used up by the push that speaks with its server, and by no other one."""
+        server, other = self.nbdkit(), self.slow(image=self.raw("other"))
+        ours = {"kind": "nbd", "address": "fd:9"}
+        with self.opened(plugin=self.plugin_connected(server)) as backup:
+            params = {"backup": backup.id, "disk": "dev-a", "target": ours}
+            for code, wrong in (
+                ("unknown_backup", {"backup": "0123456789"}),
+                ("unknown_disk", {"disk": "dev-z"}),
+                ("invalid_params", {"compress": True}),
+                ("invalid_params", {"workers": 0}),
+                ("invalid_params", {"target": {**ours, "export": "n" * 5000}}),
+            ):
+                with self.subTest(wrong):
+                    self.refused(code, backup.plugin, "backup.push", {**params, **wrong})
+            future = self.start(backup, other, discard_source=False)
+            self.fails("stream_active", backup, ours)
+            self.assertFalse(future.done(), "the other push was over")
+            future.result(support.SECONDS)
+            self.pushed(backup, ours, discard_source=False)
+            self.equal(server.image)
+            self.fails("target_unreachable", backup, ours)
         self.unharmed()
 
     def test_an_inherited_connection_that_hangs(self):

@@ -1,14 +1,16 @@
 """NBD servers as push targets: what is written to them, and which are refused, with their codes."""
 
+import os
 import socket
 import struct
 import threading
 import time
 
+from . import support
 from .guest import MIB
 from .life import BASE, SIZE
 from .pushes import CHANGED, SOON, TIMEOUT, Pushes
-from .targets import Authority
+from .targets import Authority, until
 
 CLUSTER = 65536
 
@@ -16,6 +18,30 @@ CLUSTER = 65536
 def clusters(ranges):
     """The numbers of the clusters that these offsets and lengths touch."""
     return {at for offset, length in ranges for at in range(offset // CLUSTER, -(-(offset + length) // CLUSTER))}
+
+
+IHAVEOPT, STARTTLS = 0x49484156454F5054, 5
+GREETING = b"NBDMAGICIHAVEOPT\x00\x03"
+AGREED = struct.pack(">QIII", 0x3E889045565A9, STARTTLS, 1, 0)
+
+
+def agree_to_tls(client, before=lambda: None, after=lambda: None):
+    """All that a server says before the handshake, which has begun then.
+
+    `before` and `after` are called around the last of it.
+    """
+    client.sendall(GREETING)
+    # Its flags, then the option STARTTLS without data.
+    client.recv(4 + 16, socket.MSG_WAITALL)
+    before()
+    client.sendall(AGREED)
+    after()
+    client.recv(1, socket.MSG_PEEK)
+
+
+def carry(source, sink):
+    while data := source.recv(65536):
+        sink.sendall(data)
 
 
 # Never written by anybody.
@@ -35,24 +61,6 @@ class Servers(Pushes):
             with self.subTest(address), self.doomed() as backup:
                 self.fails("target_unreachable", backup, {"kind": "nbd", "address": address}, timeout_ms=TIMEOUT)
 
-    def listener(self, greet=None):
-        """Listens, accepts, and says what `greet` says; without it, nothing."""
-        listener = socket.create_server(("127.0.0.1", 0))
-        self.addCleanup(listener.close)
-
-        def serve():
-            try:
-                while True:
-                    client, _ = listener.accept()
-                    greet(client)
-            except OSError:
-                pass  # The test is over.
-
-        if greet:
-            threading.Thread(target=serve, daemon=True).start()
-            self.addCleanup(listener.shutdown, socket.SHUT_RDWR)
-        return {"kind": "nbd", "address": f"tcp:127.0.0.1:{listener.getsockname()[1]}"}
-
     def unanswered(self, code, target, still=1):
         """`still` is how long QEMU may stand still, in seconds."""
         with self.doomed() as backup:
@@ -70,36 +78,20 @@ class Servers(Pushes):
         self.unanswered("target_unreachable", server.target())
 
     def test_half_a_greeting(self):
-        kept = []
-
         def greet(client):
             client.sendall(b"NBDMAGIC")
-            kept.append(client)
 
-        self.unanswered(("target_unreachable", "target_timeout"), self.listener(greet))
+        self.unanswered("target_unreachable", self.listener(greet))
 
     def test_no_answer_to_an_option(self):
-        kept = []
-
         def greet(client):
-            client.sendall(b"NBDMAGICIHAVEOPT\x00\x03")
-            kept.append(client)
+            client.sendall(GREETING)
 
-        self.unanswered(("target_unreachable", "target_timeout"), self.listener(greet))
+        self.unanswered("target_unreachable", self.listener(greet))
 
     def test_no_answer_to_a_tls_handshake(self):
-        kept = []
-
-        def greet(client):
-            client.sendall(b"NBDMAGICIHAVEOPT\x00\x03")
-            # Its flags, then the option STARTTLS without data: accepted.
-            client.recv(4 + 16, socket.MSG_WAITALL)
-            client.sendall(struct.pack(">QIII", 0x3E889045565A9, 5, 1, 0))
-            kept.append(client)
-
         tls = {"kind": "x509", "dir": str(Authority(self.places.folder / "ours").issue("client"))}
-        codes = ("target_unreachable", "target_timeout", "target_refused")
-        self.unanswered(codes, {**self.listener(greet), "tls": tls}, still=3)
+        self.unanswered("target_timeout", {**self.listener(agree_to_tls), "tls": tls}, still=3)
 
     def test_another_greeting(self):
         def hang_up(client):
@@ -110,7 +102,7 @@ class Servers(Pushes):
             client.close()
 
         self.unanswered("target_unreachable", self.listener(hang_up))
-        self.unanswered(("target_unreachable", "target_refused"), self.listener(another))
+        self.unanswered("target_refused", self.listener(another))
 
     def test_slow_to_open(self):
         """The server opens its disk when the client has named it; QEMU does not stand still."""
@@ -129,6 +121,15 @@ class Servers(Pushes):
             with self.subTest(size), self.doomed() as backup:
                 self.fails("target_mismatch", backup, server.target())
                 self.assertEqual([], server.changes())
+
+    def test_its_connection_goes_with_the_push(self):
+        """Also where the server takes its time to hang up."""
+        server = self.nbdkit("delay-close=60", image=self.raw(size=SIZE + MIB), filters=["delay"])
+        with self.doomed() as backup:
+            descriptors = f"/proc/{backup.plugin._process.pid}/fd"
+            before = len(os.listdir(descriptors))
+            self.fails("target_mismatch", backup, server.target())
+            until(lambda: len(os.listdir(descriptors)) == before, SOON)
 
     def test_a_read_only_export(self):
         server = self.nbdkit(options=["-r"])
@@ -239,13 +240,6 @@ class Encrypted(Pushes):
             server = self.nbdkit(tcp=True, options=[*options, "--tls-verify-peer"])
             self.wanted(server, [self.x509(named)], [self.x509(client), self.x509(stranger)])
 
-    def keys(self, user, key=b"\1"):
-        folder = self.places.folder / f"keys-{user}-{key[0]}"
-        if not folder.exists():
-            folder.mkdir()
-            (folder / "keys.psk").write_text(f"{user}:{key.hex() * 32}\n")
-        return str(folder)
-
     def test_shared_keys(self):
         options = ["--tls=require", f"--tls-psk={self.keys('qemu')}/keys.psk"]
         server = self.nbdkit(tcp=True, options=options)
@@ -271,3 +265,47 @@ class Encrypted(Pushes):
             with self.subTest(tls=tls), self.doomed() as backup:
                 self.fails("target_refused", backup, server.target(tls=tls))
                 self.assertEqual([], server.changes())
+
+
+class InTurn(Pushes):
+    formats = {"a": "qcow2", "b": "raw"}
+
+    def both(self, tls, server):
+        """Pushes to a server that hangs in the TLS handshake, and to one that takes a second for it.
+
+        Which of the two QEMU took up first.
+        """
+        upstream = socket.socket(socket.AF_UNIX)
+        self.addCleanup(upstream.close)
+        upstream.connect(server.address.removeprefix("unix:"))
+        ready, agreed, order = threading.Event(), threading.Event(), []
+
+        def hang(client):
+            agree_to_tls(client, ready.wait, agreed.set)
+            order.append("hung")
+
+        def slow(client):
+            upstream.recv(len(GREETING), socket.MSG_WAITALL)
+            # At the same time, nearly: the other is to be the first.
+            agree_to_tls(client, lambda: ready.set() or agreed.wait())
+            order.append("slow")
+            upstream.sendall(struct.pack(">IQII", 3, IHAVEOPT, STARTTLS, 0))
+            upstream.recv(len(AGREED), socket.MSG_WAITALL)
+            time.sleep(1)
+            threading.Thread(target=carry, args=(upstream, client), daemon=True).start()
+            carry(client, upstream)
+
+        with self.opened() as backup:
+            hung = self.push(backup, {**self.listener(hang), "tls": tls})
+            good = self.push(backup, {**self.listener(slow), "tls": tls}, disk="dev-b", timeout_ms=10000)
+            self.failed("target_timeout", hung)
+            good.result(support.SECONDS)
+            self.equal(server.image, node="b")
+        return order[0]
+
+    def test_the_time_of_another_is_not_the_servers(self):
+        """QEMU takes up one server after the other: one that hangs costs the next its place, not its time."""
+        tls = {"kind": "psk", "dir": self.keys("qemu")}
+        server = self.nbdkit(options=["--tls=require", f"--tls-psk={tls['dir']}/keys.psk"])
+        # Which is first is chance still.
+        self.assertIn("hung", (self.both(tls, server) for _ in range(16)))

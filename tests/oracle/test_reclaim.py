@@ -111,9 +111,9 @@ class Reclaim(Life):
         self.boot()
         self.full()
 
-    def dead(self, **params):
+    def dead(self, command=None, **params):
         """A backup whose plugin is killed."""
-        wire = Wire(self.rig.command())
+        wire = Wire(command or self.rig.command())
         params = {"monitor": self.rig.monitor, "base": BASE, "checkpoint": "tuesday", **params}
         backup = wire.call("backup.begin", params)["backup"]
         wire.process.kill()
@@ -131,6 +131,15 @@ class Reclaim(Life):
         self.assertEqual([], self.rig.files())
         self.change()
         self.next_is({"dev-a": None, "dev-b": None}, ids=True)
+
+    def test_a_directory_that_was_named_from_another_one(self):
+        command = ["sh", "-c", 'cd "$0" && exec "$@"', str(self.rig.folder)]
+        relative = [support.PLUGIN, "--scratch-dir", "scratch", "--runtime-dir", "run"]
+        lost = self.dead([*command, *relative])
+        self.assertNotEqual([], self.rig.files())
+        self.assertEqual([lost], self.call("reclaim")["reclaimed"])
+        self.assertEqual([], self.left())
+        self.assertEqual([], self.rig.files())
 
     def test_one_that_lives_is_left_alone(self):
         nodes = {disk: node for disk, (_, node) in self.devices().items()}
@@ -172,20 +181,26 @@ class Reclaim(Life):
 
     def test_notes_that_lie_remove_nothing_else(self):
         """A note names a directory, or a file, that is none of ours: it stays."""
-        backup = self.dead()
         precious = self.rig.folder / "precious"
-        precious.mkdir()
-        (precious / "file").write_text("precious")
-        path = f"/objects/qf-{backup}-owner"
-        note = self.rig.qmp.command("qom-get", {"path": path, "property": "data"})
-        claim = json.loads(note)
-        claim["dir"] = str(precious)
-        self.rig.qmp.command("qom-set", {"path": path, "property": "data", "value": json.dumps(claim)})
-        lie = {"qom-type": "secret", "id": f"qf-{backup}-0-tp", "data": str(precious / "file")}
-        self.rig.qmp.command("object-add", lie)
-        self.assertEqual([backup], self.call("reclaim")["reclaimed"])
-        self.assertEqual("precious", (precious / "file").read_text())
-        self.assertEqual([], self.left())
+        for lie in (precious, self.rig.runtime / ".." / precious.name, f"/proc/self/root/{precious}", "precious"):
+            with self.subTest(lie):
+                backup = self.dead()
+                # The second is where the NBD server of a session with that directory would be.
+                for folder in (precious, self.rig.folder / "precious-nbd"):
+                    folder.mkdir(exist_ok=True)
+                    (folder / "file").write_text("precious")
+                path = f"/objects/qf-{backup}-owner"
+                note = self.rig.qmp.command("qom-get", {"path": path, "property": "data"})
+                claim = {**json.loads(note), "dir": str(lie)}
+                self.rig.qmp.command("qom-set", {"path": path, "property": "data", "value": json.dumps(claim)})
+                partial = {"qom-type": "secret", "id": f"qf-{backup}-0-tp", "data": f"{lie}/file"}
+                self.rig.qmp.command("object-add", partial)
+                self.assertEqual([backup], self.call("reclaim")["reclaimed"])
+                for folder in (precious, self.rig.folder / "precious-nbd"):
+                    self.assertEqual("precious", (folder / "file").read_text())
+                self.assertEqual([], self.left())
+                # Where the server was nobody knows any more.
+                self.rig.qmp.command("nbd-server-stop")
 
     def test_foreign_objects_stay(self):
         foreign = self.rig.folder / "foreign.qcow2"

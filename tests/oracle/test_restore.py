@@ -6,6 +6,7 @@ import subprocess
 
 from . import support
 from .guest import MIB, RIG
+from .strace import TRACE, calls, traced
 from .support import Backup, Rig, Vm, io, make_image, read_stream, virtio
 
 SIZE = 64 * MIB
@@ -92,6 +93,20 @@ class Restore(support.Test):
                 self.target.unlink()
         self.nothing_is_left()
 
+    def test_it_is_durable_before_it_has_its_name(self):
+        log = self.places.folder / "calls"
+        for format in ("raw", "qcow2"):
+            with self.subTest(format), support.Plugin(traced(self.places.command(), log, *TRACE)) as plugin:
+                self.restore(plugin, self.chain(1), format)
+                self.target.unlink()
+            # Those of the storage daemon are before these.
+            (synced, number, partial), named, folder = calls(log)[-3:]
+            self.assertEqual(("named", partial, str(self.target)), named)
+            self.assertEqual(("synced", str(self.places.folder)), folder[::2])
+            self.assertEqual("synced", synced)
+            self.assertIn(("opened", number, partial), calls(log))
+        self.nothing_is_left()
+
     def test_the_target_exists(self):
         self.target.write_text("precious")
         with self.places.plugin() as plugin:
@@ -111,7 +126,7 @@ class Restore(support.Test):
     def test_the_targets_folder_is_missing(self):
         with self.places.plugin() as plugin:
             params = {"target": "/proc/nothing/target", "format": "raw", "size": SIZE}
-            self.refused("target_unwritable", plugin, "restore.begin", params)
+            self.refused("target_mismatch", plugin, "restore.begin", params)
             params["target"] = "relative"
             self.refused("invalid_params", plugin, "restore.begin", params)
         self.nothing_is_left()
