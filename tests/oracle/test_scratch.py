@@ -202,7 +202,8 @@ class Place(support.Test):
         self.assertEqual([], self.rig.files())
 
     def test_never_beside_an_image_by_accident(self):
-        with self.rig.plugin(more=["--scratch-dir", self.beside]) as plugin:
+        command = [support.PLUGIN, "--scratch-dir", self.beside, "--runtime-dir", str(self.rig.runtime)]
+        with support.Plugin(command, "framed") as plugin:
             self.refuse(plugin)
             Backup(plugin, self.rig.monitor, scratch={"dir": self.beside}).abort()
 
