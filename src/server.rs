@@ -219,7 +219,13 @@ pub(crate) async fn stop_old(qmp: &Qmp, socket: &Path) -> Result<()> {
     }
     // QEMU does not tell where its server is; who listens there does.
     if is_listening(socket) {
-        qmp.execute(&qapi::qmp::nbd_server_stop {}).await?;
+        match qmp.execute(&qapi::qmp::nbd_server_stop {}).await {
+            // QEMU has the descriptor, and was never told to serve it.
+            Err(error) if error.chain().contains("not running") => {}
+            stopped => {
+                stopped?;
+            }
+        }
     }
     match std::fs::remove_dir_all(dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

@@ -44,7 +44,7 @@ class Guest:
 
     def __init__(self, disks, qemu="qemu-system-x86_64", memory=256, cpus=2, arguments=()):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="fleece-guest-"))
-        self.qmp = [str(self.folder / f"qmp{n}") for n in range(4)]
+        self.qmp = [str(self.folder / f"qmp{n}") for n in range(3)]
         self.agent = str(self.folder / "agent")
         self.images = [
             disk.image or str(self.folder / f"disk{n}.{disk.format}") for n, disk in enumerate(disks)

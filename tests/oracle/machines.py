@@ -19,7 +19,7 @@ class Machine:
 
     def __init__(self, command, *style):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="fleece-machine-"))
-        self.qmp = [str(self.folder / f"qmp{n}") for n in range(4)]
+        self.qmp = [str(self.folder / f"qmp{n}") for n in range(3)]
         self.process = spawn_with_monitors(command, self.qmp, self.folder, *style)
 
     def close(self):
