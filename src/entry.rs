@@ -11,6 +11,7 @@
 //! other jobs and other programs have none; but QEMU answers no command while it drains, so
 //! its silence tells.
 
+use std::future::Future;
 use std::time::Duration;
 
 use serde_json::json;
@@ -18,12 +19,16 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use crate::error::{Error, Kind, Result};
+use crate::nbd::doorman::Porter;
 use crate::nbd::{Address, Client};
 use crate::qemu::{Qmp, Turn, query};
 
 /// How long QEMU may be silent when it has let us in. On a busy machine it may be so without
 /// a drain, and then we come once more; and the guest stands still no longer than this.
 const SILENCE: Duration = Duration::from_secs(1);
+
+/// The same for a client of the host's, who may not come once more.
+const GUESTS_SILENCE: Duration = Duration::from_secs(3);
 
 /// Connects to `export` of the server at `address`, with `context` for block status. QEMU gets
 /// `deadline` to let us in and not stand still for us, and for each reply.
@@ -42,7 +47,7 @@ pub(crate) async fn connect(
     let end = Instant::now() + deadline;
     loop {
         let client = Client::connect(address, export, context, deadline).await?;
-        if goes_on(&turn).await? {
+        if goes_on(&turn, SILENCE).await? {
             return Ok(client);
         }
         debug!(export, "QEMU stands still: hanging up");
@@ -57,13 +62,21 @@ pub(crate) async fn connect(
     }
 }
 
+impl Porter for Qmp {
+    async fn let_in<T: Send>(&self, step: impl Future<Output = Result<T>> + Send) -> Result<T> {
+        let turn = self.turn().await;
+        let done = step.await?;
+        if goes_on(&turn, GUESTS_SILENCE).await? {
+            return Ok(done);
+        }
+        Err(Error::new(Kind::NbdTimeout, "letting a client in").because("QEMU stands still"))
+    }
+}
+
 /// Whether QEMU goes on when it has let a client in, in this turn; else the client has to
 /// hang up.
-///
-/// # Errors
-/// The monitor's.
-pub(crate) async fn goes_on(turn: &Turn) -> Result<bool> {
-    let asked = turn.execute_raw_within("query-version", json!({}), SILENCE);
+async fn goes_on(turn: &Turn, silence: Duration) -> Result<bool> {
+    let asked = turn.execute_raw_within("query-version", json!({}), silence);
     match asked.await {
         Ok(_) => Ok(true),
         Err(error) if error.kind() == Kind::QemuTimeout => Ok(false),

@@ -18,7 +18,8 @@ use tracing::{debug, warn};
 
 use crate::entry;
 use crate::error::{Error, Kind, Result};
-use crate::nbd::{Address, courier, doorman};
+use crate::nbd::doorman::{self, Porter};
+use crate::nbd::{Address, courier};
 use crate::qemu::{query, step};
 use crate::relay::{Hangup, Socket, Stream};
 use crate::server;
@@ -118,6 +119,7 @@ pub(crate) async fn open(view: &View, runtime_dir: &Path) -> Result<Gate> {
     let house = House {
         server: view.address().clone(),
         export: view.disk().to_owned(),
+        porter: qmp.clone(),
         handshake: HANDSHAKE,
     };
     let task = tokio::spawn(house.serve(listener, coming, end.clone()));
@@ -135,14 +137,15 @@ pub(crate) async fn open(view: &View, runtime_dir: &Path) -> Result<Gate> {
 
 /// What clients come for.
 #[derive(Clone)]
-struct House {
+struct House<P> {
     server: Address,
     export: String,
+    porter: P,
     /// How long a client may take to come in.
     handshake: Duration,
 }
 
-impl House {
+impl<P: Porter + Clone + Send + Sync + 'static> House<P> {
     async fn serve(
         self,
         listener: UnixListener,
@@ -190,7 +193,7 @@ impl House {
         };
         let unreachable = |error| Error::new(Kind::NbdUnreachable, "connecting").because(error);
         let mut qemu = UnixStream::connect(path).await.map_err(unreachable)?;
-        let admitted = doorman::admit(client, &mut qemu, &self.export);
+        let admitted = doorman::admit(client, &mut qemu, &self.export, &self.porter);
         let admitted = tokio::time::timeout(self.handshake, admitted).await;
         let admitted = admitted.map_err(|_elapsed| {
             Error::new(Kind::NbdTimeout, "letting a client in")
@@ -210,6 +213,16 @@ mod tests {
     use super::*;
     use crate::nbd::wire::{IHAVEOPT, NBDMAGIC};
 
+    /// Lets nobody in.
+    #[derive(Clone)]
+    struct Closed;
+
+    impl Porter for Closed {
+        async fn let_in<T: Send>(&self, _: impl Future<Output = Result<T>> + Send) -> Result<T> {
+            std::future::pending().await
+        }
+    }
+
     /// A place among the clients is not for those who say nothing.
     #[tokio::test]
     async fn a_client_that_does_not_come_in_is_given_up() {
@@ -226,6 +239,7 @@ mod tests {
         let house = House {
             server: Address::Unix(path),
             export: "disk0".to_owned(),
+            porter: Closed,
             handshake: Duration::from_millis(50),
         };
         let (_client, ours) = tokio::io::duplex(64);

@@ -1,21 +1,35 @@
 //! Lets a client that nobody knows into one export of a server, and into no other one.
 //!
 //! ```text
-//! client --option--> judge --of this export--> server
-//!    ^                 |                         |
-//!    +-- our answer ---+------ its replies ------+
+//! client --option--> judge --of this export--> porter, where it is the last --> server
+//!    ^                 |                                                        |
+//!    +-- our answer ---+--------------------- its replies ----------------------+
 //! ```
 //! QEMU has one NBD server with all exports of a session, among them views that can be
 //! written. So each option is read before QEMU hears of it, one at a time, and what names
 //! another export is refused here. The default export, whose name is empty, is this one.
 //! What comes behind the options is [`crate::nbd::courier`]'s.
 
+use std::future::Future;
+
 use tokio::io::{AsyncRead, AsyncWrite};
 
 use crate::error::Result;
-use crate::nbd::handshake::Talk;
+use crate::nbd::handshake::{OptionReply, Talk};
 use crate::nbd::options::{Options, broken};
 use crate::nbd::wire::{MAX_OPTION_REPLIES, option, option_reply, u32_at};
+
+/// Who knows when a client may come into the server.
+pub(crate) trait Porter {
+    /// Does `step`, with which a client comes in.
+    ///
+    /// # Errors
+    /// Those of `step`; why the client has to go again.
+    fn let_in<T: Send>(
+        &self,
+        step: impl Future<Output = Result<T>> + Send,
+    ) -> impl Future<Output = Result<T>> + Send;
+}
 
 /// What becomes of an option.
 #[derive(Debug, PartialEq, Eq)]
@@ -69,16 +83,21 @@ fn with_name(name: &str, rest: &[u8]) -> Vec<u8> {
     [&length.to_be_bytes()[..], name.as_bytes(), rest].concat()
 }
 
-/// Greets `client` and follows its options until it is in `export` of `server`, a new
-/// connection. `None`: the client is gone, or has to go.
+/// Greets `client` and follows its options until `porter` has let it into `export` of
+/// `server`, a new connection. `None`: the client is gone, or has to go.
 ///
 /// # Errors
 /// `NbdProtocol`, `NbdClosed`, of either side; `NbdUnreachable`
-/// where the server does not have the export.
-pub(crate) async fn admit<C, S>(client: C, server: &mut S, export: &str) -> Result<Option<C>>
+/// where the server does not have the export; the porter's.
+pub(crate) async fn admit<C, S>(
+    client: C,
+    server: &mut S,
+    export: &str,
+    porter: &impl Porter,
+) -> Result<Option<C>>
 where
     C: AsyncRead + AsyncWrite + Unpin,
-    S: AsyncRead + AsyncWrite + Unpin,
+    S: AsyncRead + AsyncWrite + Unpin + Send,
 {
     let mut talk = Talk::new(server);
     let no_zeroes = talk.greet().await?;
@@ -87,13 +106,24 @@ where
         let (kind, data) = options.next().await?;
         match judge(kind, data, export) {
             Verdict::Ask(data) => {
-                talk.option(kind, &data).await?;
-                if relay_replies(&mut talk, &mut options, kind).await? {
+                let asked = ask(&mut talk, kind, &data);
+                let replies = if kind == option::GO {
+                    porter.let_in(asked).await?
+                } else {
+                    asked.await?
+                };
+                for reply in &replies {
+                    options.answer(kind, reply.kind, &reply.data).await?;
+                }
+                let is_done = replies
+                    .last()
+                    .is_some_and(|it| it.kind == option_reply::ACK);
+                if kind == option::GO && is_done {
                     return Ok(Some(options.into_stream()));
                 }
             }
             Verdict::Enter => {
-                let found = talk.export_name(export, no_zeroes).await?;
+                let found = porter.let_in(talk.export_name(export, no_zeroes)).await?;
                 let (size, flags) = found.size.unwrap_or_default();
                 options.enter(size, flags).await?;
                 return Ok(Some(options.into_stream()));
@@ -114,24 +144,19 @@ where
     }
 }
 
-/// Hands on the server's replies to an option; whether transmission begins with them.
-async fn relay_replies<C, S>(
-    talk: &mut Talk<'_, S>,
-    options: &mut Options<C>,
-    kind: u32,
-) -> Result<bool>
+/// The server's replies to an option: the last one ends it.
+async fn ask<S>(talk: &mut Talk<'_, S>, kind: u32, data: &[u8]) -> Result<Vec<OptionReply>>
 where
-    C: AsyncRead + AsyncWrite + Unpin,
     S: AsyncRead + AsyncWrite + Unpin,
 {
-    for _ in 0..MAX_OPTION_REPLIES {
+    talk.option(kind, data).await?;
+    let mut replies = Vec::new();
+    while replies.len() < MAX_OPTION_REPLIES {
         let reply = talk.option_reply(kind).await?;
-        options.answer(kind, reply.kind, &reply.data).await?;
-        if reply.kind == option_reply::ACK {
-            return Ok(kind == option::GO);
-        }
-        if reply.is_refusal() {
-            return Ok(false);
+        let is_last = reply.kind == option_reply::ACK || reply.is_refusal();
+        replies.push(reply);
+        if is_last {
+            return Ok(replies);
         }
     }
     Err(broken("no end of the server's replies to an option"))

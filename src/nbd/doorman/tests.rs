@@ -15,6 +15,15 @@ const NAME: &str = "disk0";
 
 type Heard = Vec<(u32, Vec<u8>)>;
 
+/// Lets everybody in.
+struct Open;
+
+impl Porter for Open {
+    async fn let_in<T: Send>(&self, step: impl Future<Output = Result<T>> + Send) -> Result<T> {
+        step.await
+    }
+}
+
 /// A server that has everything that it is asked for. `heard`: what that was.
 async fn serve(mut stream: DuplexStream, heard: Arc<Mutex<Heard>>) -> std::io::Result<()> {
     stream.write_all(&greeting(FLAGS)).await?;
@@ -68,7 +77,7 @@ async fn come_with(flags: u16, says: &[u8]) -> Came {
             tokio::join!(say, reader.read_to_end(&mut said)).1.unwrap();
         };
         let admitted = async {
-            let admitted = admit(ours, &mut to_server, NAME).await;
+            let admitted = admit(ours, &mut to_server, NAME, &Open).await;
             admitted.map(|client| client.is_some())
         };
         tokio::join!(admitted, talk).0
@@ -278,7 +287,7 @@ async fn servers_that_break_the_protocol() {
         server.write_all(&greeting(FLAGS)).await.unwrap();
         server.write_all(&answer).await.unwrap();
         server.shutdown().await.unwrap();
-        let admitted = admit(theirs, &mut ours, NAME).await;
+        let admitted = admit(theirs, &mut ours, NAME, &Open).await;
         assert_eq!(admitted.map(drop).unwrap_err().kind(), kind);
     }
 }
