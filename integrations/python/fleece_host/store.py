@@ -132,6 +132,9 @@ class Store:
 
     def backup(self, name):
         """The backup of that name, or StoreError where its manifest is no good."""
+        # It may come from a manifest, which must not lead out of the store.
+        if not isinstance(name, str) or not BACKUP_NAME.fullmatch(name):
+            raise StoreError("%r is no backup's name" % (name,))
         # A manifest never changes; walking long chains reads each but once.
         if name not in self._sound:
             self._sound[name] = self._read(name)

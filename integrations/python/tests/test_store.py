@@ -1,6 +1,7 @@
 """What counts after a crash at any point, and what may never go."""
 import json
 import os
+import shutil
 import tempfile
 import unittest
 from unittest import mock
@@ -222,6 +223,25 @@ class Manifests(unittest.TestCase):
             with self.assertRaises((StoreError, ValueError)):
                 fresh.chain(fresh.backup(two), "a")
                 self.fail(change)
+
+    def test_no_manifest_leads_out_of_the_store(self):
+        one = self.add(a=None)
+        two = self.add(a=one)
+        # Another store, whose manifests are sound.
+        shutil.copytree(self.store.path, self.store.path + "-beside")
+        other = "%s/../../store-beside/%s" % (one, one)
+        self.assertTrue(os.path.exists(os.path.join(self.store.path, other, "backup.json")))
+        for name in (other, "../store-beside", "", None, 7, [one]):
+            with self.subTest(name), self.assertRaises(StoreError):
+                self.store.backup(name)
+        path = os.path.join(self.store.path, two, "backup.json")
+        manifest = self.store.backup(two).manifest
+        manifest["disks"][0]["base"] = other
+        with open(path, "w") as file:
+            json.dump(manifest, file)
+        fresh = Store(self.store.path)
+        with self.assertRaises(StoreError):
+            fresh.chain(fresh.backup(two), "a")
 
 
 if __name__ == "__main__":
