@@ -157,6 +157,12 @@ impl Framer {
         }
     }
 
+    /// How many bytes were pushed and not given out yet.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.rest().len()
+    }
+
     fn rest(&self) -> &[u8] {
         &self.buffer[self.consumed..]
     }

@@ -122,7 +122,8 @@ impl Writer {
         format!("{offset} {records} {data_bytes} {zero_bytes} {same_bytes} {state}")
     }
 
-    /// The place that [`Writer::save`] told; `None`: it is no such text.
+    /// The place that [`Writer::save`] told; `None`: it is no such text, or one that no
+    /// stream comes to.
     #[must_use]
     pub fn load(text: &str) -> Option<Self> {
         let (numbers, state) = text.rsplit_once(' ')?;
@@ -468,6 +469,12 @@ impl Reader {
     /// Adds bytes as they came; several streams may follow each other.
     pub fn push(&mut self, bytes: &[u8]) {
         self.framer.push(bytes);
+    }
+
+    /// How many bytes were pushed and not given out yet.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.framer.held()
     }
 
     /// The next checked record, or `None` until more bytes are pushed.

@@ -25,7 +25,7 @@ pub struct Export {
     pub flags: u16,
     /// Offsets and lengths are multiples of it; 1 where the server says nothing.
     pub min_block: u32,
-    /// What the server likes best.
+    /// What the server likes best, as far as a payload may have.
     pub preferred_block: u32,
     /// Longest payload of a request or reply.
     pub max_payload: u32,
@@ -73,7 +73,7 @@ where
 ///
 /// # Errors
 /// As there.
-pub(crate) async fn negotiate_simple<S>(stream: &mut S, name: &str) -> Result<Export>
+pub async fn negotiate_simple<S>(stream: &mut S, name: &str) -> Result<Export>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -88,7 +88,7 @@ where
 ///
 /// # Errors
 /// [`Kind::NbdUnreachable`] where it refuses; else as of [`negotiate`].
-pub(crate) async fn start_tls<S>(stream: &mut S) -> Result<()>
+pub async fn start_tls<S>(stream: &mut S) -> Result<()>
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
@@ -150,7 +150,8 @@ impl Found {
             size,
             flags,
             min_block: min,
-            preferred_block: preferred,
+            // One of it has to fit: whoever gets this from us checks that, too.
+            preferred_block: preferred.min(DEFAULT_MAX_PAYLOAD),
             max_payload: max.min(DEFAULT_MAX_PAYLOAD),
             replies,
             context,

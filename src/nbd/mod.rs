@@ -26,7 +26,7 @@ mod ledger;
 mod options;
 mod pending;
 mod reply;
-pub(crate) mod serve;
+pub mod serve;
 pub mod status;
 pub mod wire;
 

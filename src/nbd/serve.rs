@@ -16,7 +16,7 @@ use crate::nbd::options::{Options, broken, closed};
 use crate::nbd::wire::{Request, SIMPLE_REPLY_MAGIC, command, flag, info, option, option_reply};
 
 /// Longest write that is taken.
-pub(crate) const MAX_WRITE: u32 = 1024 * 1024;
+pub const MAX_WRITE: u32 = 1024 * 1024;
 
 /// NBD's EINVAL.
 const EINVAL: u32 = 22;
@@ -29,7 +29,7 @@ const SKIP: usize = 64 * 1024;
 
 /// What the client asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Asked {
+pub enum Asked {
     /// To write as many bytes as follow.
     Write(Range),
     /// To write zeros.
@@ -44,7 +44,7 @@ pub(crate) enum Asked {
 
 /// What a client finds, whatever name it gives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Offered {
+pub struct Offered {
     size: u64,
     flags: u16,
     /// Least, best and largest.
@@ -55,7 +55,7 @@ pub(crate) struct Offered {
 
 impl Offered {
     /// What [`Served`] itself can serve.
-    pub(crate) fn to_write(size: u64) -> Self {
+    pub fn to_write(size: u64) -> Self {
         Self {
             size,
             flags: flag::HAS_FLAGS | flag::SEND_FLUSH | flag::SEND_WRITE_ZEROES,
@@ -65,7 +65,7 @@ impl Offered {
     }
 
     /// What another server serves, with simple replies.
-    pub(crate) fn of(export: &Export) -> Self {
+    pub fn of(export: &Export) -> Self {
         Self {
             size: export.size,
             flags: export.flags,
@@ -111,7 +111,7 @@ impl Offered {
 
 /// A connection that is served.
 #[derive(Debug)]
-pub(crate) struct Served<S> {
+pub struct Served<S> {
     stream: S,
     size: u64,
 }
@@ -120,7 +120,7 @@ pub(crate) struct Served<S> {
 ///
 /// # Errors
 /// As of [`Served::welcome`]; a client that wants no TLS.
-pub(crate) async fn welcome_tls(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> Result<()> {
+pub async fn welcome_tls(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> Result<()> {
     let mut options = Options::greet(stream).await?;
     let (kind, data) = options.next().await?;
     if kind != option::START_TLS || !data.is_empty() {
@@ -134,7 +134,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
     ///
     /// # Errors
     /// `NbdProtocol`, `NbdClosed`.
-    pub(crate) async fn welcome(stream: S, offered: Offered) -> Result<Self> {
+    pub async fn welcome(stream: S, offered: Offered) -> Result<Self> {
         let mut options = Options::greet(stream).await?;
         while !offered.answer(&mut options).await? {}
         Ok(Self {
@@ -144,7 +144,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
     }
 
     /// For who serves the requests by other means.
-    pub(crate) fn into_stream(self) -> S {
+    pub fn into_stream(self) -> S {
         self.stream
     }
 
@@ -153,7 +153,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
     /// # Errors
     /// `NbdProtocol`, also for a range that the export does not have;
     /// `NbdClosed`.
-    pub(crate) async fn asked(&mut self) -> Result<(u64, Asked)> {
+    pub async fn asked(&mut self) -> Result<(u64, Asked)> {
         let mut header = [0; Request::BYTES];
         self.stream.read_exact(&mut header).await.map_err(closed)?;
         let request = Request::decode(&header);
@@ -189,15 +189,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
     ///
     /// # Errors
     /// `NbdClosed`.
-    pub(crate) async fn payload(&mut self, into: &mut [u8]) -> Result<()> {
+    pub async fn payload(&mut self, into: &mut [u8]) -> Result<()> {
         self.stream.read_exact(into).await.map(drop).map_err(closed)
     }
 
     /// The bytes of a write that nobody wants.
     ///
     /// # Errors
-    /// [`Kind::NbdClosed`].
-    pub(crate) async fn skip(&mut self, bytes: u64) -> Result<()> {
+    /// `NbdClosed`.
+    pub async fn skip(&mut self, bytes: u64) -> Result<()> {
         let mut rest = usize::try_from(bytes).unwrap_or(usize::MAX);
         let mut buffer = vec![0; rest.min(SKIP)];
         while rest > 0 {
@@ -212,15 +212,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Served<S> {
     ///
     /// # Errors
     /// `NbdClosed`.
-    pub(crate) async fn done(&mut self, cookie: u64) -> Result<()> {
+    pub async fn done(&mut self, cookie: u64) -> Result<()> {
         self.reply(cookie, 0).await
     }
 
     /// Tells that there is no room for a write, whose bytes have been read.
     ///
     /// # Errors
-    /// [`Kind::NbdClosed`].
-    pub(crate) async fn refuse(&mut self, cookie: u64) -> Result<()> {
+    /// `NbdClosed`.
+    pub async fn refuse(&mut self, cookie: u64) -> Result<()> {
         self.reply(cookie, ENOSPC).await
     }
 

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
+mod fuzz_corpus;
 mod guest_agent;
 mod layers;
 mod nbd_foreign;
@@ -9,4 +10,5 @@ mod nbd_lies;
 mod nbd_lies_early;
 mod nbd_live;
 mod nbd_server;
+mod promises;
 mod qmp;

@@ -69,6 +69,30 @@ async fn a_simple_client_asks_for_nothing_but_the_export() {
     assert!(heard.starts_with(&expected.concat()));
 }
 
+/// What is found is offered on, and found again as it is.
+#[tokio::test]
+async fn a_server_that_likes_more_than_we_take() {
+    use crate::nbd::serve::{Offered, Served};
+    let (mut ours, mut server) = tokio::io::duplex(4096);
+    let size = [&[0, 0][..], &(1u64 << 40).to_be_bytes(), &[0, 1]].concat();
+    let blocks = [&[0, 3][..], &[0, 0, 0, 1], &[4, 0, 0, 0], &[4, 0, 0, 0]].concat();
+    let says = [
+        greeting(FLAG_FIXED_NEWSTYLE),
+        reply(option::GO, option_reply::INFO, &size),
+        reply(option::GO, option_reply::INFO, &blocks),
+        reply(option::GO, option_reply::ACK, &[]),
+    ];
+    server.write_all(&says.concat()).await.unwrap();
+    let export = negotiate_simple(&mut ours, "a").await.unwrap();
+    let most = DEFAULT_MAX_PAYLOAD;
+    assert_eq!((export.preferred_block, export.max_payload), (most, most));
+    let (mut client, server) = tokio::io::duplex(4096);
+    let served = Served::welcome(server, Offered::of(&export));
+    let (served, found) = tokio::join!(served, negotiate_simple(&mut client, "a"));
+    served.unwrap();
+    assert_eq!(found.unwrap(), export);
+}
+
 #[tokio::test]
 async fn a_name_that_is_too_long() {
     let (mut ours, _server) = tokio::io::duplex(4096);
