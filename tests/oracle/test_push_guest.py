@@ -1,5 +1,6 @@
 """What a guest that writes and syncs all the time notices of a push: as good as nothing."""
 
+import itertools
 import os
 import statistics
 import time
@@ -14,6 +15,7 @@ SIZE = 32 * MIB
 DELAY = 300  # ms, of each of the target's writes
 ROUND = 0.5  # s, of one look at the guest
 ROUNDS = 7  # looks at least
+STILL = 2  # of them on end may find no write; `TIMEOUT` is four
 
 
 class BusyGuest(support.Test):
@@ -66,18 +68,19 @@ class BusyGuest(support.Test):
         """The guest has written on as before there was a backup.
 
         Single rounds are noise. A guest that waited for the target would wait in most of them, or
-        stand still for some.
+        stand still for some on end.
         """
         middle = lambda rounds: [statistics.median(values) for values in zip(*rounds)]
         (quiet_rate, quiet), (rate, worst) = middle(self.quiet), middle(rounds)
-        still = sum(not writes for writes, _ in rounds)
+        stretches = itertools.groupby(rounds, lambda each: each[0] == 0)
+        still = max(len(list(stretch)) if is_still else 0 for is_still, stretch in stretches)
         figures = f"{quiet_rate:.0f} writes/s, longest {quiet:.0f} ms; with a push {rate:.0f}, longest {worst:.0f} ms"
-        figures += f", {still} of {len(rounds)} rounds without a write"
+        figures += f", {still} of {len(rounds)} rounds on end without a write"
         if os.environ.get("FIGURES"):
             print(figures)
         self.assertLess(worst, quiet + DELAY / 2, figures)
         self.assertGreater(rate, quiet_rate / 3, figures)
-        self.assertLessEqual(still, 1, figures)
+        self.assertLessEqual(still, STILL, figures)
 
     def the_base_serves(self):
         self.assertGreater(self.guest.stat("stop w0")["writes"], 0)
