@@ -28,6 +28,7 @@ ENDING = "dd bs=16k count=60 status=none"
 
 
 class ShellHost(support.Test):
+    limit = 300  # jq is slow, on a busy machine more so
     def setUp(self):
         self.places = support.Places()
         self.addCleanup(self.places.close)
