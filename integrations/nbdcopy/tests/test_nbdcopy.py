@@ -18,7 +18,7 @@ from oracle.support import Rig, Vm, io, make_image, virtio  # noqa: E402
 
 HOST = ROOT / "integrations/nbdcopy/fleece-export"
 CHAIN = "fleece-export"
-SECONDS = 30
+SECONDS = 120
 NODES = {"dev-a": "a", "dev-b": "b"}
 # One that takes its time, and says so. Its rate is in bits a second.
 SLOW = 'echo >"$MARK"; exec "$REAL" --filter=rate "$@" rate=2M'

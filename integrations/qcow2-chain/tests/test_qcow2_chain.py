@@ -18,7 +18,7 @@ from oracle.support import Rig, Vm, io, make_image, virtio  # noqa: E402
 HOST = ROOT / "integrations/qcow2-chain/fleece-qcow2"
 CHAIN = "qcow2-chain"
 NODES = {"dev-a": "a", "dev-b": "b"}
-SECONDS = 30
+SECONDS = 120
 # A push of a few MiB takes minutes.
 SLOW = ["--speed", "65536"]
 

@@ -17,7 +17,7 @@ from oracle.support import Rig, Vm, io, make_image, virtio  # noqa: E402
 
 HOST = ROOT / "integrations/shell/fleece-pull"
 CHAIN = "fleece-pull"
-SECONDS = 30
+SECONDS = 120
 NODES = {"dev-a": "a", "dev-b": "b"}
 # A plugin that stops in the middle of a stream, and says so.
 STALLING = 'dd bs=16k count=60 status=none; echo >"$MARK"; cat >/dev/null'
@@ -29,6 +29,7 @@ ENDING = "dd bs=16k count=60 status=none"
 
 class ShellHost(support.Test):
     limit = 300  # jq is slow, on a busy machine more so
+
     def setUp(self):
         self.places = support.Places()
         self.addCleanup(self.places.close)
