@@ -4,7 +4,7 @@
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -14,16 +14,30 @@ use crate::flow::Held;
 #[derive(Clone, Debug)]
 pub struct Pool {
     permits: Arc<Semaphore>,
-    idle: Arc<Mutex<Vec<Vec<u8>>>>,
+    idle: Arc<Idle>,
+}
+
+/// Memory for the next buffers.
+#[derive(Debug)]
+struct Idle {
+    most: usize,
+    kept: Mutex<Vec<Vec<u8>>>,
+}
+
+impl Idle {
+    fn kept(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl Pool {
     /// At most `count` buffers exist at a time. Memory is taken on first use.
     #[must_use]
     pub fn new(count: usize) -> Self {
+        let kept = Mutex::default();
         Self {
             permits: Arc::new(Semaphore::new(count)),
-            idle: Arc::default(),
+            idle: Arc::new(Idle { most: count, kept }),
         }
     }
 
@@ -42,43 +56,40 @@ impl Pool {
         self.fit(length, permit)
     }
 
-    fn fit(&self, length: usize, permit: Option<OwnedSemaphorePermit>) -> Buffer {
-        let mut bytes = self
-            .idle
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop()
-            .unwrap_or_default();
+    /// A buffer that `held` counts until it is dropped, and not the pool, which only lends
+    /// memory: none that is much longer, which would not be counted.
+    pub(crate) fn counted(&self, length: usize, held: Held) -> Buffer {
+        let idle = self.idle.kept().pop();
+        let fits = |bytes: &Vec<u8>| (length..=2 * length).contains(&bytes.capacity());
+        let mut bytes = idle.filter(fits).unwrap_or_default();
         bytes.resize(length, 0);
         Buffer {
             bytes,
-            idle: Some(Arc::clone(&self.idle)),
+            idle: Arc::clone(&self.idle),
+            _permit: None,
+            _held: Some(held),
+        }
+    }
+
+    fn fit(&self, length: usize, permit: Option<OwnedSemaphorePermit>) -> Buffer {
+        let mut bytes = self.idle.kept().pop().unwrap_or_default();
+        bytes.resize(length, 0);
+        Buffer {
+            bytes,
+            idle: Arc::clone(&self.idle),
             _permit: permit,
             _held: None,
         }
     }
 }
 
-/// Bytes from a [`Pool`], which go back to it on drop; or of a receiver, which counts them
-/// until then.
+/// Bytes from a [`Pool`]; they go back to it on drop.
 pub struct Buffer {
     bytes: Vec<u8>,
-    idle: Option<Arc<Mutex<Vec<Vec<u8>>>>>,
+    idle: Arc<Idle>,
     // Dropped after `drop` has put the bytes back, so that the next taker finds them.
     _permit: Option<OwnedSemaphorePermit>,
     _held: Option<Held>,
-}
-
-impl Buffer {
-    /// `length` zeros of no pool, counted as `held`.
-    pub(crate) fn counted(length: usize, held: Held) -> Self {
-        Self {
-            bytes: vec![0; length],
-            idle: None,
-            _permit: None,
-            _held: Some(held),
-        }
-    }
 }
 
 impl fmt::Debug for Buffer {
@@ -91,10 +102,9 @@ impl fmt::Debug for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         let bytes = std::mem::take(&mut self.bytes);
-        if let Some(idle) = &self.idle {
-            idle.lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(bytes);
+        let mut kept = self.idle.kept();
+        if kept.len() < self.idle.most {
+            kept.push(bytes);
         }
     }
 }
@@ -116,6 +126,7 @@ impl DerefMut for Buffer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::Flow;
 
     #[tokio::test]
     async fn the_pool_is_bounded_and_reuses_memory() {
@@ -131,5 +142,26 @@ mod tests {
         let second = pool.take(4096).await;
         assert_eq!(second.as_ptr(), address);
         assert_eq!(second.len(), 4096);
+    }
+
+    #[test]
+    fn counted_buffers_have_no_memory_that_is_not_counted() {
+        let (pool, flow) = (Pool::new(2), Flow::new());
+        let counted = |length: u32| {
+            let held = flow.take(0, length.into()).unwrap();
+            pool.counted(usize::try_from(length).unwrap(), held)
+        };
+        let long = counted(1 << 20);
+        let address = long.as_ptr();
+        drop(long);
+        let again = counted(1 << 20);
+        assert_eq!((again.as_ptr(), again.len()), (address, 1 << 20));
+        drop(again);
+        assert!(counted(1 << 16).bytes.capacity() <= 1 << 17);
+        // However many there were, few are kept.
+        let many: Vec<Buffer> = (0..10).map(|_| counted(1 << 20)).collect();
+        assert_eq!(flow.held(), 10 << 20);
+        drop(many);
+        assert_eq!((flow.held(), pool.idle.kept().len()), (0, 2));
     }
 }

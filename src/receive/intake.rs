@@ -5,12 +5,15 @@ use std::sync::Arc;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{mpsc, oneshot};
 
-use crate::buffer::Buffer;
+use crate::buffer::{Buffer, Pool};
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Range, length};
 use crate::flow::{Flow, Held};
 use crate::nbd::serve::{Asked, Offered, Served};
 use crate::target::Receiver;
+
+/// Buffers that are kept for the next writes.
+const IDLE: usize = 8;
 
 /// What one write has brought.
 #[derive(Debug)]
@@ -62,6 +65,7 @@ pub(super) async fn serve(
     flow: &Arc<Flow>,
 ) -> Result<()> {
     let mut client = Served::welcome(stream, Offered::to_write(size)).await?;
+    let pool = Pool::new(IDLE);
     loop {
         let (cookie, asked) = client.asked().await?;
         let piece = match asked {
@@ -78,7 +82,7 @@ pub(super) async fn serve(
             Asked::Write(range) => match flow.take(range.start, length(&range)) {
                 Some(held) => {
                     let bytes = usize::try_from(length(&range)).unwrap_or_default();
-                    let mut buffer = Buffer::counted(bytes, held);
+                    let mut buffer = pool.counted(bytes, held);
                     client.payload(&mut buffer).await?;
                     Some(Piece::Data(range, buffer))
                 }

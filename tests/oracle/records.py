@@ -94,7 +94,6 @@ class Host:
         return sum(int(found[name].split()[0]) * 1024 for name in ("VmRSS", "VmSwap"))
 
     def close(self):
-        """May be called twice."""
         if self.request:
             self.image.close()
         self.wire.close()

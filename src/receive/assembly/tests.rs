@@ -1,7 +1,7 @@
 //! Writes as QEMU may send them, of a full: what comes out of them.
 
 use super::*;
-use crate::buffer::Buffer;
+use crate::buffer::Pool;
 use crate::extent::{Range, length};
 
 const MIB: u64 = 1 << 20;
@@ -15,7 +15,7 @@ fn zero(flow: &Arc<Flow>, range: Range) -> Piece {
 fn data(flow: &Arc<Flow>, range: Range) -> Piece {
     let bytes = length(&range);
     let held = flow.take(range.start, bytes).unwrap();
-    let mut buffer = Buffer::counted(usize::try_from(bytes).unwrap(), held);
+    let mut buffer = Pool::new(1).counted(usize::try_from(bytes).unwrap(), held);
     buffer.fill(mark(range.start));
     Piece::Data(range, buffer)
 }

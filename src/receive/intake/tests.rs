@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use super::*;
-use crate::buffer::Pool;
 use crate::nbd::Client;
 
 const MIB: u64 = 1 << 20;
