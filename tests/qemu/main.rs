@@ -1,11 +1,11 @@
 //! Tests against the real QEMU.
 
 mod discover;
-mod late;
 #[path = "../support/machine.rs"]
 mod machine;
 mod nbd;
 mod qmp;
+mod session;
 #[path = "../support/storage_daemon.rs"]
 mod storage_daemon;
 

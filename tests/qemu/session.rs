@@ -1,5 +1,5 @@
-//! What a host asks for just when its backup ends: it comes after the clean-up, and makes
-//! nothing that nobody would take away.
+//! The end of a stream and of a backup: nothing is complete before the one, and nothing
+//! begins after the other.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
 
@@ -14,12 +14,14 @@ use qemu_fleece_engine::guardian::Program;
 use qemu_fleece_engine::image::Format;
 use qemu_fleece_engine::inspect;
 use qemu_fleece_engine::plan::Wish;
+use qemu_fleece_engine::pull::Pull;
 use qemu_fleece_engine::push::{self, Options, Progress};
 use qemu_fleece_engine::qemu::Qmp;
 use qemu_fleece_engine::quiesce::Consistency;
 use qemu_fleece_engine::receive::Receive;
 use qemu_fleece_engine::room::{self, OnFull};
 use qemu_fleece_engine::server::Server;
+use qemu_fleece_engine::session::Session;
 use qemu_fleece_engine::target::Target;
 use qemu_fleece_engine::view::View;
 use tokio::sync::watch;
@@ -38,8 +40,16 @@ fn options() -> Options {
     }
 }
 
-/// The view of a machine's only disk, whose backup has ended.
-async fn ended(qmp: &Qmp, dir: &Path) -> Arc<View> {
+/// A machine with one disk.
+async fn machine(images: &Images) -> Machine {
+    images.create("a", "qcow2", &[]);
+    let mut arguments = images.blockdev("a", "qcow2", "");
+    arguments.extend(["-device".into(), "virtio-blk-pci,drive=a,id=vda".into()]);
+    Machine::start(&arguments).await
+}
+
+/// A backup of its disk.
+async fn begin(qmp: &Qmp, dir: &Path) -> Session {
     let wish = Wish {
         chain: Name::parse("default").unwrap(),
         disks: None,
@@ -71,23 +81,51 @@ async fn ended(qmp: &Qmp, dir: &Path) -> Arc<View> {
         arguments: Vec::new(),
     };
     let begun = begin::begin(vec![member], &guardian, &CancellationToken::new()).await;
-    let session = begun.unwrap().sessions.pop().unwrap();
-    let view = session.view("vda").unwrap();
-    assert_eq!(session.abort().await, Vec::<String>::new());
-    view
+    begun.unwrap().sessions.pop().unwrap()
+}
+
+/// All of a pull, but that it is finished.
+async fn read(view: Arc<View>) -> Pull {
+    let mut pull = Pull::open(view, 0, false, CancellationToken::new())
+        .await
+        .unwrap();
+    while pull.next().await.unwrap().is_some() {}
+    pull
+}
+
+#[tokio::test]
+async fn a_pull_is_complete_when_the_host_has_its_end() {
+    within(async {
+        let images = Images::new();
+        let machine = machine(&images).await;
+        let qmp = machine.connect().await;
+        let dir = tempfile::tempdir().unwrap();
+        let session = begin(&qmp, dir.path()).await;
+        let view = session.view("vda").unwrap();
+        drop(read(Arc::clone(&view)).await);
+        let unfinished = session.check_commit(None).unwrap_err();
+        assert_eq!(unfinished.kind(), Kind::Incomplete);
+        let early = Pull::open(Arc::clone(&view), 0, false, CancellationToken::new());
+        early.await.unwrap().finish();
+        let unread = session.check_commit(None).unwrap_err();
+        assert_eq!(unread.kind(), Kind::Incomplete);
+        read(view).await.finish();
+        session.check_commit(None).unwrap();
+        assert_eq!(session.abort().await, Vec::<String>::new());
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn nothing_begins_after_the_end() {
     within(async {
         let images = Images::new();
-        images.create("a", "qcow2", &[]);
-        let mut arguments = images.blockdev("a", "qcow2", "");
-        arguments.extend(["-device".into(), "virtio-blk-pci,drive=a,id=vda".into()]);
-        let machine = Machine::start(&arguments).await;
+        let machine = machine(&images).await;
         let qmp = machine.connect().await;
         let dir = tempfile::tempdir().unwrap();
-        let view = ended(&qmp, dir.path()).await;
+        let session = begin(&qmp, dir.path()).await;
+        let view = session.view("vda").unwrap();
+        assert_eq!(session.abort().await, Vec::<String>::new());
         // Nobody has told these of the end.
         let never = CancellationToken::new();
         let target = Target::File {
