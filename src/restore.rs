@@ -20,7 +20,8 @@ use crate::buffer::Pool;
 use crate::error::{Error, Kind, Result};
 use crate::extent::{Range, length, next_cut};
 use crate::file_call;
-use crate::image::{self, Durable, Format, publish, unwritable};
+use crate::hidden;
+use crate::image::{Durable, Format, unwritable};
 use crate::nbd::{Address, Client, Ticket};
 use crate::qemu::job;
 use crate::session::random_id;
@@ -93,7 +94,7 @@ impl Restore {
     /// [`Error::leftovers`] tells.
     pub async fn begin(target: Target, daemon: &Path, runtime_dir: &Path) -> Result<Self> {
         let id = random_id();
-        let partial = image::partial_path(&target.path, &id, FILE_DEADLINE).await?;
+        let partial = hidden::partial_path(&target.path, &id, FILE_DEADLINE).await?;
         let files = Files {
             partial,
             private: runtime_dir.join(format!("qf-{id}")),
@@ -121,7 +122,7 @@ impl Restore {
             Format::Raw => target.size,
             Format::Qcow2 => 0,
         };
-        let created = image::create(&files.partial, &target.path, size, FILE_DEADLINE);
+        let created = hidden::create(&files.partial, &target.path, size, FILE_DEADLINE);
         let (file, durable) = created.await?;
         file_call::close(file).await;
         std::fs::DirBuilder::new()
@@ -131,7 +132,11 @@ impl Restore {
         let daemon = StorageDaemon::start(program).await?;
         let socket = files.private.join("nbd.sock");
         match open_image(&daemon, target, &files.partial, &socket).await {
-            Ok(client) => Ok((durable, daemon, client)),
+            Ok(client) => {
+                // Nobody else shall come in, and nothing stay there if we are killed.
+                let _removed_at_the_end = std::fs::remove_dir_all(&files.private);
+                Ok((durable, daemon, client))
+            }
             Err(error) => {
                 let _stopped = daemon.stop().await;
                 Err(error)
@@ -233,7 +238,7 @@ impl Restore {
             written.and(closed).and(stopped)?;
             // Nobody can cancel this.
             durable.sync(&CancellationToken::new()).await?;
-            publish(files.partial.clone(), target.path).await
+            hidden::publish(files.partial.clone(), target.path).await
         };
         let named = named.await;
         let leftovers = files.remove().await;

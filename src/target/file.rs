@@ -16,6 +16,7 @@ use rustix::fs::{Mode, OFlags, fcntl_getfl};
 use crate::error::{Error, Kind, Result};
 use crate::file_call;
 use crate::file_node::{self, Way};
+use crate::hidden;
 use crate::image::{self, Durable, Format};
 use crate::qemu::step;
 use crate::qemu::{job, note, query};
@@ -91,7 +92,7 @@ impl Opening<'_> {
         teardown: &mut Teardown,
     ) -> Result<Opened> {
         let id = random_id();
-        let partial = image::partial_path(&path, &id, self.timeout);
+        let partial = hidden::partial_path(&path, &id, self.timeout);
         let partial = self.unless_cancelled(partial).await?;
         // First, so that a file that nobody will name can be found.
         let id = self.names.partial();
@@ -102,7 +103,7 @@ impl Opening<'_> {
             Format::Raw => self.size,
             Format::Qcow2 => 0,
         };
-        let created = image::create(&partial, &path, size, self.timeout);
+        let created = hidden::create(&partial, &path, size, self.timeout);
         let (file, durable) = self.unless_cancelled(created).await?;
         let added = self.file_node(&file, &partial, false, teardown).await;
         file_call::close(file).await;

@@ -19,7 +19,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::error::{Error, Kind, Result};
-use crate::image::{self, Durable, Format};
+use crate::hidden;
+use crate::image::{Durable, Format};
 use crate::offer::Door;
 use crate::qemu::step::{CLUSTER, Names};
 use crate::qemu::{Qmp, query};
@@ -130,7 +131,7 @@ impl Opened {
             durable.sync(cancel).await?;
         }
         match self.new {
-            Some((partial, path)) => image::publish(partial, path).await,
+            Some((partial, path)) => hidden::publish(partial, path).await,
             None => Ok(()),
         }
     }

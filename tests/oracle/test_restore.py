@@ -2,12 +2,14 @@
 
 import io as memory
 import os
+import pathlib
 import subprocess
 
 from . import support
 from .guest import MIB, RIG
 from .strace import TRACE, calls, traced
 from .support import Backup, Rig, Vm, io, make_image, read_stream, virtio
+from .targets import until
 
 SIZE = 64 * MIB
 DEVICE = "/machine/peripheral/dev-a/virtio-backend"
@@ -60,9 +62,12 @@ class Restore(support.Test):
     def chain(self, count):
         return [read_stream(memory.BytesIO(stream)) for stream in self.streams[:count]]
 
+    def hidden(self):
+        """Images that have no name yet."""
+        return list(self.places.folder.glob(".qf-*.partial"))
+
     def nothing_is_left(self):
-        names = [name for name in os.listdir(self.places.folder) if name.endswith(".partial")]
-        self.assertEqual([], names)
+        self.assertEqual([], self.hidden())
         self.assertEqual([], self.places.files())
 
     def test_a_raw_image_at_each_point_in_time(self):
@@ -222,3 +227,26 @@ class Restore(support.Test):
             wire.close()
             self.nothing_is_left()
             self.assertFalse(self.target.exists())
+
+    def test_what_a_killed_one_leaves_goes_with_the_next(self):
+        """And never what one leaves that lives."""
+        names = [self.places.folder / name for name in ("killed", "living", "next")]
+        wires = [support.Wire(self.places.command()) for _ in names]
+        restores = []
+        for name, wire in zip(names, wires):
+            self.addCleanup(wire.close)
+            params = {"target": str(name), "format": "raw", "size": SIZE}
+            restores.append(wire.call("restore.begin", params)["restore"])
+            if name.name == "killed":
+                [killed] = self.hidden()
+                wire.process.kill()
+                wire.process.wait()
+                self.assertEqual([], self.places.files())
+                # The storage daemon dies of it, in a moment.
+                number = f":{killed.stat().st_ino} "
+                until(lambda: number not in pathlib.Path("/proc/locks").read_text())
+            self.assertEqual({"killed": 1, "living": 1, "next": 2}[name.name], len(self.hidden()))
+        self.assertFalse(killed.exists())
+        for wire, restore in list(zip(wires, restores))[1:]:
+            self.assertEqual({"leftovers": []}, wire.call("restore.abort", {"restore": restore}))
+        self.nothing_is_left()
