@@ -19,8 +19,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use crate::error::{Error, Kind, Result};
-use crate::image::{Durable, unusable, unwritable};
-use crate::{file_call, file_lock};
+use crate::image::{Durable, Format, unusable, unwritable};
+use crate::{file_call, file_lock, qcow2};
 
 /// How long a file system gets to name an image that is on stable storage.
 const NAMING_DEADLINE: Duration = Duration::from_secs(30);
@@ -65,8 +65,8 @@ pub(crate) async fn partial_path(target: &Path, id: &str, deadline: Duration) ->
     file_call::within(deadline, look).await
 }
 
-/// Makes the hidden file of `target`, for us alone, `size` bytes long; its file system has
-/// `deadline` to do so.
+/// Makes the hidden file of `target`, for us alone: an empty image of `size` bytes that names
+/// the image and format `below` it. Its file system has `deadline` to do so.
 ///
 /// # Errors
 /// Those of [`unusable`]; [`Kind::TargetTimeout`]. It may be there then; one that comes up
@@ -74,7 +74,9 @@ pub(crate) async fn partial_path(target: &Path, id: &str, deadline: Duration) ->
 pub(crate) async fn create(
     partial: &Path,
     target: &Path,
+    format: Format,
     size: u64,
+    below: Option<(String, &'static str)>,
     deadline: Duration,
 ) -> Result<(File, Durable)> {
     let (partial, target) = (partial.to_owned(), target.to_owned());
@@ -105,7 +107,15 @@ pub(crate) async fn create(
                 break (file, durable);
             }
         };
-        file.set_len(size)?;
+        match format {
+            Format::Raw => file.set_len(size)?,
+            Format::Qcow2 => {
+                let below = below
+                    .as_ref()
+                    .map(|(name, format)| (name.as_str(), *format));
+                qcow2::format(&file, size, below)?;
+            }
+        }
         if given_up.is_cancelled() {
             std::fs::remove_file(&partial)?;
         }
@@ -208,12 +218,16 @@ mod tests {
         std::fs::write(&theirs, "precious").unwrap();
         for planted in [&theirs, &folder.path().join("nothing")] {
             symlink(planted, &partial).unwrap();
-            create(&partial, &target, 0, SOON).await.unwrap_err();
+            create(&partial, &target, Format::Raw, 0, None, SOON)
+                .await
+                .unwrap_err();
             std::fs::remove_file(&partial).unwrap();
         }
         assert_eq!(std::fs::read(&theirs).unwrap(), b"precious");
         assert!(!folder.path().join("nothing").exists());
-        let (file, durable) = create(&partial, &target, 0, SOON).await.unwrap();
+        let (file, durable) = create(&partial, &target, Format::Raw, 0, None, SOON)
+            .await
+            .unwrap();
         durable.close().await;
         let mode = file.metadata().unwrap().permissions().mode();
         assert_eq!(mode & 0o7777, 0o600);
@@ -233,7 +247,9 @@ mod tests {
         let mut made = Vec::new();
         for id in ["1", "2"] {
             let partial = partial_path(&target, id, SOON).await.unwrap();
-            let (file, durable) = create(&partial, &target, 0, SOON).await.unwrap();
+            let (file, durable) = create(&partial, &target, Format::Raw, 0, None, SOON)
+                .await
+                .unwrap();
             made.push((partial, file, durable));
         }
         // What others put there, and what is no file, stays too.
@@ -268,7 +284,9 @@ mod tests {
         let target = folder.path().join("target");
         for id in 0..200 {
             let partial = partial_path(&target, &id.to_string(), SOON).await.unwrap();
-            let (_file, durable) = create(&partial, &target, 1, SOON).await.unwrap();
+            let (_file, durable) = create(&partial, &target, Format::Qcow2, 1, None, SOON)
+                .await
+                .unwrap();
             assert!(partial.exists());
             durable.sync(&CancellationToken::new()).await.unwrap();
         }

@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
@@ -13,15 +12,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::error::{Error, Kind, Result};
 use crate::{file_call, file_lock};
-
-/// What a qcow2 image starts with; its version comes next.
-const QCOW2_MAGIC: &[u8] = b"QFI\xfb";
-
-/// Bytes of a qcow2 header up to and with its incompatible features.
-const QCOW2_HEADER: usize = 80;
-
-/// The incompatible feature "external data file".
-const DATA_FILE_BIT: u64 = 1 << 2;
 
 /// An image's format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,27 +31,6 @@ impl Format {
             Self::Qcow2 => "qcow2",
         }
     }
-}
-
-/// Whether a qcow2 image keeps its data in another file. Its header names that file, QEMU opens
-/// it with the image, whatever it is, and writes there what is written to the image. An image
-/// that is no qcow2 has none.
-///
-/// # Errors
-/// The file cannot be read.
-pub(crate) fn has_data_file(image: &File) -> io::Result<bool> {
-    let mut header = [0; QCOW2_HEADER];
-    match image.read_exact_at(&mut header, 0) {
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(false),
-        read => read?,
-    }
-    let features = header.last_chunk().map(|bytes| u64::from_be_bytes(*bytes));
-    let version = header[..8]
-        .last_chunk()
-        .map(|bytes| u32::from_be_bytes(*bytes));
-    Ok(header.starts_with(QCOW2_MAGIC)
-        && version.is_some_and(|version| version >= 3)
-        && features.is_some_and(|features| features & DATA_FILE_BIT != 0))
 }
 
 /// What is synced when others have written a file and closed it: the file opened anew, before
@@ -160,37 +129,4 @@ pub(crate) fn unusable(path: &Path, error: io::Error) -> Error {
         _ => Kind::TargetUnwritable,
     };
     Error::new(kind, format!("using {}", path.display())).because(error)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn qcow2(version: u32, features: u64) -> Vec<u8> {
-        let mut header = [QCOW2_MAGIC, &version.to_be_bytes()].concat();
-        header.resize(QCOW2_HEADER - 8, 0);
-        header.extend(features.to_be_bytes());
-        header
-    }
-
-    #[test]
-    fn only_the_header_of_a_qcow2_tells_of_a_data_file() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("image");
-        for (bytes, has) in [
-            (qcow2(3, 4), true),
-            (qcow2(3, u64::MAX), true),
-            (qcow2(3, 0), false),
-            (qcow2(3, !4), false),
-            // What stands there is no field of version 2.
-            (qcow2(2, 4), false),
-            ([&[0; 4], &qcow2(3, 4)[4..]].concat(), false),
-            (qcow2(3, 4)[..79].to_vec(), false),
-            (Vec::new(), false),
-        ] {
-            std::fs::write(&path, &bytes).unwrap();
-            let file = File::open(&path).unwrap();
-            assert_eq!(has_data_file(&file).unwrap(), has, "{bytes:?}");
-        }
-    }
 }

@@ -36,6 +36,7 @@ pub mod paint;
 pub mod plan;
 pub mod pull;
 pub mod push;
+mod qcow2;
 pub mod qemu;
 pub mod quiesce;
 pub mod receive;

@@ -162,13 +162,10 @@ fn push_all(teardown: &mut Teardown, undos: impl IntoIterator<Item = Undo>) {
     }
 }
 
-fn scratch(names: &Names) -> [Undo; 3] {
+fn scratch(names: &Names) -> [Undo; 2] {
     [
         Undo::Node {
             node: names.scratch_file(),
-        },
-        Undo::Job {
-            id: names.create_job(),
         },
         Undo::Node {
             node: names.scratch(),
@@ -190,7 +187,7 @@ fn view(names: &Names) -> [Undo; 5] {
     ]
 }
 
-fn consumers(names: &Names) -> [Undo; 9] {
+fn consumers(names: &Names) -> [Undo; 8] {
     [
         Undo::Object {
             id: names.credentials(),
@@ -200,9 +197,6 @@ fn consumers(names: &Names) -> [Undo; 9] {
         },
         Undo::Node {
             node: names.target_file(),
-        },
-        Undo::Job {
-            id: names.format_target(),
         },
         Undo::Node {
             node: names.target(),

@@ -23,7 +23,7 @@ use crate::file_call;
 use crate::hidden;
 use crate::image::{Durable, Format, unwritable};
 use crate::nbd::{Address, Client, Ticket};
-use crate::qemu::job;
+use crate::server::text;
 use crate::session::random_id;
 use crate::storage_daemon::StorageDaemon;
 
@@ -35,9 +35,6 @@ const ZERO_STEP: u64 = 1 << 30;
 
 /// How long the daemon gets to answer one NBD request.
 const NBD_DEADLINE: Duration = Duration::from_secs(120);
-
-/// How long it gets to make an empty image.
-const CREATE_DEADLINE: Duration = Duration::from_secs(60);
 
 /// How long the target's file system gets for one call.
 const FILE_DEADLINE: Duration = Duration::from_secs(10);
@@ -118,11 +115,15 @@ impl Restore {
         files: &Files,
         program: &Path,
     ) -> Result<(Durable, StorageDaemon, Client)> {
-        let size = match target.format {
-            Format::Raw => target.size,
-            Format::Qcow2 => 0,
-        };
-        let created = hidden::create(&files.partial, &target.path, size, FILE_DEADLINE);
+        let (format, size) = (target.format, target.size);
+        let created = hidden::create(
+            &files.partial,
+            &target.path,
+            format,
+            size,
+            None,
+            FILE_DEADLINE,
+        );
         let (file, durable) = created.await?;
         file_call::close(file).await;
         std::fs::DirBuilder::new()
@@ -270,28 +271,12 @@ async fn open_image(
     socket: &Path,
 ) -> Result<Client> {
     let qmp = &daemon.qmp;
-    let path = |path: &Path| {
-        let unusable = || {
-            Error::new(Kind::InvalidRequest, "naming a file to QEMU")
-                .because("its path is not UTF-8")
-        };
-        path.to_str().map(str::to_owned).ok_or_else(unusable)
-    };
-    let file = json!({"driver": "file", "node-name": "file", "filename": path(partial)?, "discard": "unmap"});
+    let file = json!({"driver": "file", "node-name": "file", "filename": text(partial)?, "discard": "unmap"});
     qmp.execute_raw("blockdev-add", file).await?;
-    let driver = match target.format {
-        Format::Raw => "raw",
-        Format::Qcow2 => {
-            let options = json!({"driver": "qcow2", "file": "file", "size": target.size});
-            let create = json!({"job-id": "create", "options": options});
-            job::run(qmp, "blockdev-create", create, "create", CREATE_DEADLINE).await?;
-            "qcow2"
-        }
-    };
-    let image = json!({"driver": driver, "node-name": "image", "file": "file",
+    let image = json!({"driver": target.format.driver(), "node-name": "image", "file": "file",
         "discard": "unmap", "detect-zeroes": "unmap"});
     qmp.execute_raw("blockdev-add", image).await?;
-    let address = json!({"type": "unix", "data": {"path": path(socket)?}});
+    let address = json!({"type": "unix", "data": {"path": text(socket)?}});
     qmp.execute_raw("nbd-server-start", json!({"addr": address}))
         .await?;
     let export = json!({"type": "nbd", "id": "image", "node-name": "image", "name": "image", "writable": true});

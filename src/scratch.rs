@@ -9,20 +9,15 @@
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
-use qapi::qmp::block_resize;
 use rustix::fs::{Mode, OFlags};
 
 use crate::error::{Error, Kind, Result};
 use crate::file_node::{self, Way};
 use crate::qemu::step::{self, Names};
-use crate::qemu::{Qmp, job, query};
-use crate::room;
+use crate::qemu::{Qmp, query};
 use crate::teardown::{Teardown, Undo};
-
-/// How long QEMU gets to format an empty image.
-const FORMAT_DEADLINE: Duration = Duration::from_secs(30);
+use crate::{qcow2, room};
 
 /// A disk's scratch file.
 #[derive(Debug)]
@@ -59,57 +54,29 @@ impl Scratch {
         teardown: &mut Teardown,
     ) -> Result<Self> {
         let dir = limits.dir;
-        let node = names.scratch_file();
-        let keeps_room = limits.reserve.is_some();
-        let options = |filename: &str| step::scratch_file(names, filename, keeps_room);
-        let file = if qmp.can_pass_fds() {
-            let file = unnamed_file(dir)?;
-            file_node::add(qmp, Way::Open(&file), &names.job(), node, options, teardown).await?;
-            file
+        let (file, path) = if qmp.can_pass_fds() {
+            (unnamed_file(dir)?, None)
         } else {
             let (file, path) = named_file(dir, names)?;
             teardown.push(Undo::File(path.clone()));
-            file_node::add(
-                qmp,
-                Way::Named(&path),
-                &names.job(),
-                node,
-                options,
-                teardown,
-            )
-            .await?;
-            std::fs::remove_file(&path).map_err(|error| unavailable(dir, error))?;
-            teardown.forget(&Undo::File(path));
-            file
+            (file, Some(path))
         };
-        teardown.push(Undo::Job {
-            id: names.create_job(),
-        });
-        job::run(
-            qmp,
-            "blockdev-create",
-            step::format_scratch(names, size),
-            &names.create_job(),
-            FORMAT_DEADLINE,
-        )
-        .await?;
-        teardown.forget(&Undo::Job {
-            id: names.create_job(),
-        });
+        qcow2::format(&file, size, None).map_err(|error| unavailable(dir, error))?;
         if let Some(bytes) = limits.reserve {
             room::reserve(&file, dir, bytes, limits.cap).await?;
         }
         if let Some(cap) = limits.cap {
-            // Longer than the image is: QEMU opens no window beyond a file's end.
-            let node_name = Some(names.scratch_file());
-            let size = i64::try_from(cap).unwrap_or(i64::MAX);
-            let device = None;
-            qmp.execute(&block_resize {
-                device,
-                node_name,
-                size,
-            })
-            .await?;
+            // QEMU opens no window beyond a file's end.
+            lengthen(&file, cap).map_err(|error| unavailable(dir, error))?;
+        }
+        let node = names.scratch_file();
+        let keeps_room = limits.reserve.is_some();
+        let options = |filename: &str| step::scratch_file(names, filename, keeps_room);
+        let way = path.as_deref().map_or(Way::Open(&file), Way::Named);
+        file_node::add(qmp, way, &names.job(), node, options, teardown).await?;
+        if let Some(path) = path {
+            std::fs::remove_file(&path).map_err(|error| unavailable(dir, error))?;
+            teardown.forget(&Undo::File(path));
         }
         teardown.push(Undo::Node {
             node: names.scratch(),
@@ -141,6 +108,10 @@ impl Scratch {
             }
         }
     }
+}
+
+fn lengthen(file: &File, length: u64) -> std::io::Result<()> {
+    file.set_len(length.max(file.metadata()?.len()))
 }
 
 fn unnamed_file(dir: &Path) -> Result<File> {

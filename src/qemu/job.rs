@@ -1,45 +1,14 @@
-//! Jobs: run one to its end, or end one.
+//! Jobs: how they end.
 
 use std::time::Duration;
 
 use qapi::qmp::{job_cancel, job_dismiss, job_finalize};
-use serde_json::Value;
 use tokio::sync::broadcast;
 use tokio::time::Instant;
 
 use crate::error::{Error, Kind, Result};
 use crate::qemu::query::{self, Job};
 use crate::qemu::{Event, Qmp};
-
-/// Starts the job `id` with a command, waits until it is concluded, and
-/// dismisses it.
-///
-/// # Errors
-/// [`Kind::QemuRefused`] with the job's own error, or when somebody else dismissed
-/// it and its outcome is unknown; [`Kind::QemuTimeout`]: the job goes on then.
-pub async fn run(
-    qmp: &Qmp,
-    command: &'static str,
-    arguments: Value,
-    id: &str,
-    deadline: Duration,
-) -> Result<()> {
-    let turn = qmp.turn().await;
-    let qmp = &*turn;
-    let mut events = qmp.events();
-    qmp.execute_raw(command, arguments).await?;
-    let failed =
-        |why: String| Err(Error::new(Kind::QemuRefused, format!("running job {id}")).because(why));
-    let Some(job) = concluded(qmp, &mut events, id, deadline).await? else {
-        return failed("it is gone before its outcome was seen".into());
-    };
-    let dismissed = qmp.execute(&job_dismiss { id: id.to_owned() }).await;
-    // Why the job failed matters more than that it could not be dismissed.
-    match job.error {
-        Some(error) => failed(error),
-        None => dismissed.map(drop),
-    }
-}
 
 /// Cancels the job `id`, waits until it is concluded, and dismisses it; does
 /// nothing where there is none.

@@ -40,7 +40,6 @@ const CHANGES: &[&str] = &[
     "block_resize",
     "blockdev-add",
     "blockdev-backup",
-    "blockdev-create",
     "blockdev-del",
     "job-cancel",
     "job-finalize",

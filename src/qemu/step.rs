@@ -58,12 +58,6 @@ impl Names {
         format!("{}-f", self.stem)
     }
 
-    /// The job that formats the scratch image.
-    #[must_use]
-    pub fn create_job(&self) -> String {
-        format!("{}-create", self.stem)
-    }
-
     /// The frozen copy of the base's bitmap.
     #[must_use]
     pub fn changes(&self) -> String {
@@ -116,12 +110,6 @@ impl Names {
     #[must_use]
     pub fn target_file(&self) -> String {
         format!("{}-tf", self.stem)
-    }
-
-    /// The job that formats it.
-    #[must_use]
-    pub fn format_target(&self) -> String {
-        format!("{}-tc", self.stem)
     }
 
     /// The credentials for the target's server.
@@ -321,14 +309,6 @@ pub fn scratch_file(names: &Names, filename: &str, keeps_room: bool) -> Value {
         "discard": discard, "cache": {"no-flush": true}})
 }
 
-/// `blockdev-create`: an empty qcow2 in that file. It has no backing image:
-/// what is not copied must not shine through, and holes then cost nothing.
-#[must_use]
-pub fn format_scratch(names: &Names, size: u64) -> Value {
-    json!({"job-id": names.create_job(),
-        "options": {"driver": "qcow2", "file": names.scratch_file(), "size": size}})
-}
-
 /// `blockdev-add`: the scratch image. With `cap`, it finds no room beyond so many bytes.
 #[must_use]
 pub fn scratch(names: &Names, cap: Option<u64>) -> Value {
@@ -426,18 +406,6 @@ pub fn target_file(names: &Names, filename: &str, is_device: bool) -> Value {
     json!({"driver": driver, "node-name": names.target_file(), "filename": filename, "discard": "unmap"})
 }
 
-/// `blockdev-create`: an empty qcow2 of `size` bytes in that file, which names the image
-/// and format below it.
-#[must_use]
-pub fn format_target(names: &Names, size: u64, backing: Option<(&str, &str)>) -> Value {
-    let mut options = json!({"driver": "qcow2", "file": names.target_file(), "size": size});
-    if let Some((file, format)) = backing {
-        options["backing-file"] = json!(file);
-        options["backing-fmt"] = json!(format);
-    }
-    json!({"job-id": names.format_target(), "options": options})
-}
-
 /// `blockdev-add`: the image in that file, `size` bytes of it where that is less than all.
 /// The image below is left out: nothing is read through this one.
 #[must_use]
@@ -524,7 +492,6 @@ mod tests {
         fits::<qmp::block_export_add>(&canvas_export(&names));
         fits::<qmp::blockdev_add>(&scratch_file(&names, "/dev/fdset/1", false));
         fits::<qmp::blockdev_add>(&scratch_file(&names, "/dev/fdset/1", true));
-        fits::<qmp::blockdev_create>(&format_scratch(&names, 1 << 40));
         fits::<qmp::blockdev_add>(&scratch(&names, None));
         fits::<qmp::blockdev_add>(&scratch(&names, Some(1 << 20)));
         fits::<qmp::blockdev_add>(&view(&names));
@@ -546,7 +513,6 @@ mod tests {
         fits::<qmp::blockdev_backup>(&push(&names, &how));
         fits::<qmp::transaction>(&view_bitmap(&names, "p", CLUSTER, "a", "b"));
         fits::<qmp::blockdev_add>(&target_file(&names, "/t", true));
-        fits::<qmp::blockdev_create>(&format_target(&names, 1 << 40, Some(("b", "raw"))));
         fits::<qmp::blockdev_add>(&target_image(&names, "raw", Some(512)));
         let mut image = target_image(&names, "qcow2", None);
         // serde takes null for absent; to QEMU it is "none".

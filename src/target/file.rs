@@ -9,24 +9,20 @@ use std::fs::{File, Metadata};
 use std::io::{Seek, SeekFrom};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use rustix::fs::{Mode, OFlags, fcntl_getfl};
 
 use crate::error::{Error, Kind, Result};
-use crate::file_call;
 use crate::file_node::{self, Way};
 use crate::hidden;
 use crate::image::{self, Durable, Format};
 use crate::qemu::step;
-use crate::qemu::{job, note, query};
+use crate::qemu::{note, query};
 use crate::server::text;
 use crate::session::random_id;
 use crate::target::{DATA_ELSEWHERE, Opened, Opening, refused};
 use crate::teardown::{Teardown, Undo};
-
-/// How long QEMU gets to format an empty image.
-const FORMAT_DEADLINE: Duration = Duration::from_secs(30);
+use crate::{file_call, qcow2};
 
 /// Where an existing image is.
 #[derive(Debug)]
@@ -99,27 +95,12 @@ impl Opening<'_> {
         teardown.push(Undo::Object { id: id.clone() });
         note::add(self.qmp, &id, text(&partial)?).await?;
         teardown.push(Undo::File(partial.clone()));
-        let size = match format {
-            Format::Raw => self.size,
-            Format::Qcow2 => 0,
-        };
-        let created = hidden::create(&partial, &path, size, self.timeout);
+        let below = backing.map(|(file, format)| (file, format.driver()));
+        let created = hidden::create(&partial, &path, format, self.size, below, self.timeout);
         let (file, durable) = self.unless_cancelled(created).await?;
         let added = self.file_node(&file, &partial, false, teardown).await;
         file_call::close(file).await;
         added?;
-        if format == Format::Qcow2 {
-            let below = backing.as_ref();
-            let below = below.map(|(file, format)| (file.as_str(), format.driver()));
-            let create = step::format_target(self.names, self.size, below);
-            let id = self.names.format_target();
-            teardown.push(Undo::Job { id: id.clone() });
-            let formatted = job::run(self.qmp, "blockdev-create", create, &id, FORMAT_DEADLINE);
-            formatted.await.map_err(|error| match error.kind() {
-                Kind::QemuRefused => image::unwritable(&path, error),
-                _ => error,
-            })?;
-        }
         self.image(format, None, teardown).await?;
         Ok(Opened {
             // An unwritten cluster is a hole in raw, and unallocated in qcow2.
@@ -268,7 +249,7 @@ fn find(place: Place, format: Format) -> Result<Found> {
     if mode & OFlags::ACCMODE != OFlags::RDWR {
         return mismatch("its descriptor cannot both read and write");
     }
-    if format == Format::Qcow2 && image::has_data_file(&file).map_err(unusable)? {
+    if format == Format::Qcow2 && qcow2::has_data_file(&file).map_err(unusable)? {
         return mismatch(DATA_ELSEWHERE);
     }
     Ok(Found {

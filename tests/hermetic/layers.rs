@@ -116,6 +116,7 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
             "src/file_lock.rs",
             "src/image.rs",
             "src/hidden.rs",
+            "src/qcow2.rs",
         ],
         &["crate::qemu", "crate::nbd", "crate::view"],
         "these know neither QEMU nor NBD",

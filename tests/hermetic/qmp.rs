@@ -433,10 +433,10 @@ async fn null_is_an_answer() {
     assert_eq!(asked.await.unwrap().unwrap(), Value::Null);
 }
 
-/// The client's end of [`job::run`], under way.
-fn run_job(qmp: &Qmp) -> tokio::task::JoinHandle<Result<()>> {
+/// The client's end of [`job::finalize`], under way.
+fn finalize(qmp: &Qmp, deadline: Duration) -> tokio::task::JoinHandle<Result<()>> {
     let qmp = qmp.clone();
-    tokio::spawn(async move { job::run(&qmp, "blockdev-create", json!({}), "j", PATIENCE).await })
+    tokio::spawn(async move { job::finalize(&qmp, "j", deadline).await })
 }
 
 async fn answer_next(peer: &mut Peer, name: &str, value: Value) {
@@ -448,8 +448,8 @@ async fn answer_next(peer: &mut Peer, name: &str, value: Value) {
 #[tokio::test]
 async fn a_job_whose_event_was_missed_is_seen_to_end() {
     let (qmp, mut peer) = ready().await;
-    let running = run_job(&qmp);
-    answer_next(&mut peer, "blockdev-create", json!({})).await;
+    let running = finalize(&qmp, PATIENCE);
+    answer_next(&mut peer, "job-finalize", json!({})).await;
     answer_next(
         &mut peer,
         "query-jobs",
@@ -478,18 +478,38 @@ async fn a_job_whose_event_was_missed_is_seen_to_end() {
 #[tokio::test]
 async fn a_job_that_is_gone_did_not_succeed() {
     let (qmp, mut peer) = ready().await;
-    let running = run_job(&qmp);
-    answer_next(&mut peer, "blockdev-create", json!({})).await;
+    let running = finalize(&qmp, PATIENCE);
+    answer_next(&mut peer, "job-finalize", json!({})).await;
     answer_next(&mut peer, "query-jobs", json!([])).await;
+    let id = peer.command().await.1;
+    peer.send(&format!(
+        "{{\"error\":{{\"class\":\"GenericError\",\"desc\":\"no\"}},\"id\":{id}}}\r\n"
+    ))
+    .await;
     let error = running.await.unwrap().unwrap_err();
     assert_eq!(error.kind(), Kind::QemuRefused);
 }
 
 #[tokio::test]
+async fn a_job_that_never_ends_is_waited_for_only_so_long() {
+    let (qmp, mut peer) = ready().await;
+    let running = finalize(&qmp, Duration::from_millis(50));
+    answer_next(&mut peer, "job-finalize", json!({})).await;
+    answer_next(
+        &mut peer,
+        "query-jobs",
+        json!([{"id": "j", "status": "running"}]),
+    )
+    .await;
+    let error = running.await.unwrap().unwrap_err();
+    assert_eq!(error.kind(), Kind::QemuTimeout);
+}
+
+#[tokio::test]
 async fn a_job_ends_with_the_connection() {
     let (qmp, mut peer) = ready().await;
-    let running = run_job(&qmp);
-    answer_next(&mut peer, "blockdev-create", json!({})).await;
+    let running = finalize(&qmp, PATIENCE);
+    answer_next(&mut peer, "job-finalize", json!({})).await;
     answer_next(
         &mut peer,
         "query-jobs",

@@ -1,16 +1,18 @@
 """Files, block devices and descriptors as push targets: those that serve, and those that are refused."""
 
+import contextlib
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import threading
 
 from . import support
 from .guest import MIB
 from .life import BASE, SIZE
 from .pushes import SOME, SOON, TIMEOUT, Pushes
-from .support import Plugin
+from .support import QEMU_7_2, Backup, Plugin
 from .targets import until
 
 
@@ -400,3 +402,35 @@ class Files(Pushes):
                 with self.subTest(number):
                     self.fails("invalid_params", backup, self.existing(f"fd:{number}"))
                     self.fails("invalid_params", backup, {"kind": "nbd", "address": f"fd:{number}"})
+
+
+class Asked(Pushes):
+    """Somebody asks QEMU for its named nodes, all the time: 7.2 dies of it while it formats an image."""
+
+    qemu = QEMU_7_2
+
+    def test_new_images(self):
+        targets = [self.new(self.targets / f"{number}.qcow2") for number in range(5)]
+        with self.asking(), self.rig.plugin() as plugin:
+            for target in targets:
+                backup = Backup(plugin, self.rig.monitor)
+                self.pushed(backup, target)
+                self.assertEqual({"leftovers": []}, backup.abort())
+        self.equal(targets[-1]["path"], "qcow2")
+        self.unharmed()
+
+    @contextlib.contextmanager
+    def asking(self):
+        end = threading.Event()
+
+        def ask():
+            while not end.is_set():
+                self.rig.qmp.command("query-named-block-nodes")
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        try:
+            yield
+        finally:
+            end.set()
+            asking.join()

@@ -74,10 +74,6 @@ fn vm(serve: Option<fn(UnixStream)>, drivers: &'static [&'static str]) -> Monito
                 "query-jobs" => json!(*jobs),
                 "query-commands" | "query-block-exports" | "query-named-block-nodes" | "query-fdsets" | "qom-list" => json!([]),
                 "qom-get" => return Some(json!({"error": {"class": "GenericError", "desc": "no such property"}})),
-                "blockdev-create" => {
-                    jobs.push(json!({"id": arguments["job-id"], "status": "concluded"}));
-                    json!({})
-                }
                 "transaction" => {
                     let id = &arguments["actions"][0]["data"]["job-id"];
                     jobs.push(json!({"id": id, "status": "running"}));

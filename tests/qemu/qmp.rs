@@ -164,46 +164,47 @@ async fn the_end_of_qemu_ends_its_client() {
     .await;
 }
 
-#[tokio::test]
-async fn jobs_run_to_their_end_or_tell_why_not() {
-    within(async {
-        let images = Images::new();
-        images.create("f", "raw", &[]);
-        let machine = Machine::start(&images.blockdev("f", "raw", "")).await;
-        let qmp = machine.connect().await;
-        let create = |id: &str, size: u64| {
-            let options = json!({"driver": "qcow2", "file": "f", "size": size});
-            json!({"job-id": id, "options": options})
-        };
-        let run = |id: &'static str, size| {
-            let (qmp, arguments) = (qmp.clone(), create(id, size));
-            async move { job::run(&qmp, "blockdev-create", arguments, id, PATIENCE).await }
-        };
-        run("good", 1 << 20).await.unwrap();
-        let bad = run("bad", 1 << 63).await.unwrap_err();
-        assert_eq!(bad.kind(), Kind::QemuRefused);
-        assert!(bad.chain().contains("Image size"), "{}", bad.chain());
-        // Both were dismissed; ending what is not there is no error.
-        assert!(query::jobs(&qmp).await.unwrap().is_empty());
-        job::cancel(&qmp, "good", PATIENCE).await.unwrap();
-    })
-    .await;
+/// A backup job `j` of a node `a`.
+#[allow(clippy::unwrap_used, reason = "a test that cannot go on fails")]
+async fn backup(qmp: &Qmp, sync: &str) {
+    let target = json!({"driver": "null-co", "node-name": "t", "size": 1 << 20});
+    qmp.execute_raw("blockdev-add", target).await.unwrap();
+    let backup = json!({
+        "job-id": "j", "device": "a", "target": "t", "sync": sync,
+        "auto-finalize": false, "auto-dismiss": false,
+    });
+    qmp.execute_raw("blockdev-backup", backup).await.unwrap();
 }
 
 #[tokio::test]
-async fn a_job_that_never_ends_is_waited_for_only_so_long_and_can_be_cancelled() {
+async fn jobs_come_to_their_end_when_told() {
     within(async {
         let images = Images::new();
         images.create("a", "qcow2", &[]);
         let machine = Machine::start(&images.blockdev("a", "qcow2", "")).await;
         let qmp = machine.connect().await;
-        let target = json!({"driver": "null-co", "node-name": "t", "size": 1 << 20});
-        qmp.execute_raw("blockdev-add", target).await.unwrap();
-        let backup = json!({
-            "job-id": "j", "device": "a", "target": "t", "sync": "none", "auto-dismiss": false,
-        });
-        let endless = job::run(&qmp, "blockdev-backup", backup, "j", SHORT).await;
-        assert_eq!(endless.unwrap_err().kind(), Kind::QemuTimeout);
+        backup(&qmp, "full").await;
+        while query::jobs(&qmp).await.unwrap()[0].status != "pending" {
+            tokio::time::sleep(SHORT / 10).await;
+        }
+        job::finalize(&qmp, "j", PATIENCE).await.unwrap();
+        assert!(query::jobs(&qmp).await.unwrap().is_empty());
+        // To end what is not there is no error; to bring it to its end is.
+        job::cancel(&qmp, "j", PATIENCE).await.unwrap();
+        let gone = job::finalize(&qmp, "j", PATIENCE).await.unwrap_err();
+        assert_eq!(gone.kind(), Kind::QemuRefused);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_job_without_an_end_can_be_cancelled() {
+    within(async {
+        let images = Images::new();
+        images.create("a", "qcow2", &[]);
+        let machine = Machine::start(&images.blockdev("a", "qcow2", "")).await;
+        let qmp = machine.connect().await;
+        backup(&qmp, "none").await;
         job::cancel(&qmp, "j", PATIENCE).await.unwrap();
         assert!(query::jobs(&qmp).await.unwrap().is_empty());
     })
