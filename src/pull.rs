@@ -154,6 +154,7 @@ impl Pull {
 
     async fn step(&mut self) -> Result<Option<Chunk>> {
         if self.read_bytes - self.released_at >= RELEASE_READ {
+            self.released_at = self.read_bytes;
             self.give_back(1).await;
         } else {
             self.give_back(RELEASE_PASSED).await;
