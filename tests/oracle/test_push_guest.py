@@ -11,7 +11,7 @@ from .pushes import SOME, SOON, TIMEOUT
 from .support import QEMU, QEMU_7_2, Backup, Rig, Wire
 from .targets import Nbdkit
 
-SIZE = 32 * MIB
+SIZE = 16 * MIB
 DELAY = 300  # ms, of each of the target's writes
 ROUND = 0.5  # s, of one look at the guest
 ROUNDS = 7  # looks at least
@@ -27,7 +27,7 @@ class BusyGuest(support.Test):
         self.rig = Rig(Guest([Disk(size=SIZE, iothread=self.iothread)], qemu=self.qemu))
         self.addCleanup(self.rig.close)
         self.guest = self.rig.machine
-        self.guest.run("write disk0 0 24M 1")
+        self.guest.run("write disk0 0 12M 1")
         with self.rig.plugin() as plugin:
             backup = Backup(plugin, self.rig.monitor, checkpoint="monday")
             backup.read_all(self.rig)
