@@ -13,7 +13,7 @@ pub enum Consistency {
     Crash {},
     /// File systems that are frozen by the guest agent, after its hooks for applications.
     Agent {
-        /// The agent's socket: `unix:/path`, an absolute path, or `tcp:host:port`.
+        /// The agent's socket, in the forms of a monitor's: `unix:/path`, `tcp:host:port`, ...
         socket: String,
         /// What becomes of a backup whose guest cannot be frozen.
         #[serde(default)]

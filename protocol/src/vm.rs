@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct InspectParams {
-    /// QEMU's monitor: `unix:/path`, an absolute path, or `tcp:host:port`.
+    /// QEMU's monitor: `unix:/path`, an absolute path, `tcp:host:port`,
+    /// `tls:host:port?x509=/dir` or `tls:host:port?psk=user:/dir`.
     pub monitor: String,
 }
 

@@ -15,7 +15,7 @@ use tokio::net::{TcpStream, UnixStream};
 
 use crate::error::{Error, Kind, Result};
 use crate::qemu::line::Message;
-use crate::qemu::{Address, Refusal};
+use crate::qemu::{Address, Refusal, tls};
 
 /// Longest answer of the calls that are made here, with room for an error's words.
 const MAX_LINE_BYTES: usize = 64 * 1024;
@@ -70,6 +70,14 @@ impl GuestAgent {
                     // Each call waits for its answer: delaying it gains nothing.
                     stream.set_nodelay(true)?;
                     Box::new(stream)
+                }
+                Address::Tls {
+                    address,
+                    credentials,
+                } => {
+                    let stream = TcpStream::connect(address).await?;
+                    stream.set_nodelay(true)?;
+                    Box::new(tls::connect(stream, address, credentials).await?)
                 }
             };
             Ok(stream)

@@ -9,6 +9,7 @@
 mod actor;
 pub mod address;
 pub mod discover;
+mod greeting;
 pub mod guest_agent;
 mod iothread;
 pub mod job;
@@ -20,6 +21,7 @@ pub mod qmp;
 pub mod query;
 pub mod schema;
 pub mod step;
+pub mod tls;
 
 pub use address::Address;
 pub use guest_agent::GuestAgent;

@@ -27,8 +27,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::error::{Error, Kind, Result};
 use crate::qemu::Address;
-use crate::qemu::actor::{Actor, Command, next};
-use crate::qemu::line::{Lines, Message};
+use crate::qemu::actor::{Actor, Command};
+use crate::qemu::line::Lines;
+use crate::qemu::{greeting, tls};
 
 /// How long a command may take unless its caller says otherwise.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
@@ -114,17 +115,28 @@ impl Qmp {
                 // A second descriptor of the socket, to send others with.
                 let sender = stream.as_fd().try_clone_to_owned().map_err(unreachable)?;
                 let sender = UnixStream::from_std(sender.into()).map_err(unreachable)?;
-                let qmp = Self::start(stream, Some(sender), deadline).await?;
+                let qmp = Self::start(stream, Some(sender), deadline, 0).await?;
                 qmp.probe_fds().await?
             }
-            Address::Tcp(address) => {
-                let stream = tokio::time::timeout(deadline, TcpStream::connect(address))
-                    .await
-                    .map_err(|elapsed| unreachable(elapsed.into()))?
-                    .map_err(unreachable)?;
-                // Each command waits for its answer: delaying it gains nothing.
-                stream.set_nodelay(true).map_err(unreachable)?;
-                Self::start(stream, None, deadline).await?
+            Address::Tcp(host) => {
+                let stream = over_tcp(host, deadline).await.map_err(unreachable)?;
+                Self::start(stream, None, deadline, 0).await?
+            }
+            Address::Tls {
+                address: host,
+                credentials,
+            } => {
+                let stream = over_tcp(host, deadline).await.map_err(unreachable)?;
+                let encrypted = tls::connect(stream, host, credentials);
+                let encrypted = tokio::time::timeout(deadline, encrypted).await;
+                let encrypted = encrypted.map_err(|_elapsed| greeting::missing())?;
+                Self::start(
+                    encrypted.map_err(unreachable)?,
+                    None,
+                    deadline,
+                    greeting::HEARS_TLS,
+                )
+                .await?
             }
         };
         qmp.address = Some(Arc::new(address.clone()));
@@ -139,21 +151,23 @@ impl Qmp {
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
-        Self::start(stream, None, deadline).await
+        Self::start(stream, None, deadline, 0).await
     }
 
-    async fn start<S>(stream: S, sender: Option<UnixStream>, deadline: Duration) -> Result<Self>
+    /// With a QEMU of the major version `least` or newer.
+    async fn start<S>(
+        stream: S,
+        sender: Option<UnixStream>,
+        deadline: Duration,
+        least: u64,
+    ) -> Result<Self>
     where
         S: AsyncRead + AsyncWrite + Send + 'static,
     {
         let (reader, writer) = tokio::io::split(stream);
         let (mut reader, writer) = (Box::pin(reader), Box::pin(writer));
         let mut lines = Lines::default();
-        let greeting = tokio::time::timeout(deadline, greeting(&mut reader, &mut lines)).await;
-        greeting.map_err(|_elapsed| {
-            Error::new(Kind::MonitorBusy, "waiting for the monitor's greeting")
-                .because("another client holds this monitor")
-        })??;
+        greeting::read(&mut reader, &mut lines, deadline, least).await?;
         let (commands, queue) = mpsc::channel(COMMANDS);
         let events = broadcast::channel(EVENTS).0;
         let end = CancellationToken::new();
@@ -353,18 +367,9 @@ fn closed(name: &str) -> Error {
         .because("the monitor's connection has ended")
 }
 
-async fn greeting(reader: &mut (impl AsyncRead + Unpin), lines: &mut Lines) -> Result<()> {
-    let broken = |why: &'static str| {
-        Error::new(Kind::MonitorProtocol, "reading the monitor's greeting").because(why)
-    };
-    match next(reader, lines).await? {
-        Some(Message {
-            greeting: Some(_), ..
-        }) => Ok(()),
-        Some(_) => Err(broken("the first line is no QMP greeting")),
-        None => Err(
-            Error::new(Kind::MonitorClosed, "reading the monitor's greeting")
-                .because("end of file"),
-        ),
-    }
+async fn over_tcp(address: &str, deadline: Duration) -> std::io::Result<TcpStream> {
+    let stream = tokio::time::timeout(deadline, TcpStream::connect(address)).await??;
+    // Each command waits for its answer: delaying it gains nothing.
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
