@@ -5,6 +5,7 @@ import os
 import pathlib
 import signal
 import subprocess
+import sys
 import time
 
 from . import support
@@ -12,6 +13,7 @@ from .agent import Agent, Gate
 from .guest import Disk, Guest
 from .machines import Relay, Vm, make_image, virtio
 from .support import PLUGIN, QEMU, QEMU_7_2, Backup, Rig, Wire, ours
+from .test_host import HOST
 
 SECONDS = support.SECONDS
 DEADLINE = 1000  # ms; where a test waits for it
@@ -143,6 +145,21 @@ class Agents(Frozen):
             found = self.abort(self.begin(self.consistency()))
             self.assertEqual(("agent", 2), (found["kind"], found["filesystems"]))
             times.append(found["frozen_ms"])
+
+    def test_the_reference_host(self):
+        for options, says in (
+            (["--freeze", self.guest.agent], r"consistent: 2 file systems were frozen, for \d+ ms"),
+            (["--try-freeze", f"{self.guest.agent}.not"], r"loss of power \(agent_unreachable\)"),
+            (["--pause"], r"the VM was paused for \d+ ms"),
+            ([], "consistent as after a loss of power\n"),
+        ):
+            with self.subTest(options):
+                command = [sys.executable, HOST, "backup", "--qmp", self.rig.monitor, "--to", self.rig.folder / "store"]
+                environment = dict(os.environ, QEMU_FLEECE=PLUGIN)
+                run = {"env": environment, "capture_output": True, "encoding": "utf-8", "timeout": SECONDS}
+                done = subprocess.run([*command, *options], **run)
+                self.assertEqual(0, done.returncode, done.stderr)
+                self.assertRegex(done.stdout, says)
 
     def test_over_tcp(self):
         self.start()

@@ -23,14 +23,19 @@ class NotCommitted(Exception):
 
 
 class Options:
-    """What the operator asks for: `disks` None means all that can be backed up."""
+    """What the operator asks for: `disks` None means all that can be backed up.
 
-    def __init__(self, monitor, disks=None, full=False, strict=False, scratch_dir=None):
+    `consistency` is what `backup.begin` takes under that name; None: as after a loss of power.
+    """
+
+    def __init__(self, monitor, disks=None, full=False, strict=False, scratch_dir=None,
+                 consistency=None):
         self.monitor = monitor
         self.disks = disks
         self.full = full
         self.strict = strict
         self.scratch_dir = scratch_dir
+        self.consistency = consistency
 
 
 class StreamSink:
@@ -98,6 +103,8 @@ def run(plugin, store, options, progress):
                    "disks": [choice(disk, base) for disk, base in bases.items()]}
         if options.scratch_dir:
             request["scratch"] = {"dir": os.path.abspath(options.scratch_dir)}
+        if options.consistency:
+            request["consistency"] = options.consistency
         began = plugin.call("backup.begin", request)
         check_began(began, bases, new.checkpoint)
         entries = read_disks(plugin, new, began, bases, progress)
@@ -105,6 +112,7 @@ def run(plugin, store, options, progress):
             "format": 1, "name": new.name, "checkpoint": new.checkpoint,
             "time_ms": began["time_ms"], "plugin": plugin.hello.get("plugin"),
             "vm": {name: vm.get(name) for name in ("name", "uuid", "qemu_version")},
+            "consistency": began.get("consistency", {"kind": "crash"}),
             "disks": entries,
         }
         new.finish(manifest)

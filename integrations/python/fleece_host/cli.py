@@ -53,7 +53,7 @@ def parser():
 
     vm = argparse.ArgumentParser(add_help=False, parents=[asks])
     vm.add_argument("--qmp", required=True, metavar="SOCKET",
-                    help="QEMU's monitor: a path, unix:/path or tcp:host:port")
+                    help="QEMU's monitor: a path, unix:/path, tcp:host:port or tls:...")
     wants = argparse.ArgumentParser(add_help=False, parents=[vm])
     wants.add_argument("--to", required=True, metavar="DIR",
                        help="this VM's directory; the first backup makes it")
@@ -66,6 +66,13 @@ def parser():
                       help="fail where an incremental turns out to be impossible")
     make.add_argument("--keep", type=_count, metavar="N", help="then remove all but the newest N "
                       "backups of each disk, and what these build on")
+    held = make.add_mutually_exclusive_group()
+    held.add_argument("--freeze", metavar="SOCKET",
+                      help="freeze file systems for the instant, by the guest agent at this "
+                      "socket; fail where that cannot be")
+    held.add_argument("--try-freeze", metavar="SOCKET",
+                      help="as --freeze, and go on without where that cannot be")
+    held.add_argument("--pause", action="store_true", help="pause the VM for the instant")
     make.add_argument("--scratch-dir", metavar="DIR",
                       help="where the plugin keeps old data of blocks that the guest overwrites")
 
@@ -116,7 +123,7 @@ def main(arguments=None):
 def do_backup(options):
     progress = report.Progress()
     wanted = backup.Options(_monitor(options), options.disk, options.full, options.strict,
-                            options.scratch_dir)
+                            options.scratch_dir, _consistency(options))
     store = Store(options.to)
     with store.locked():
         plugin = _plugin(options, progress.notice)
@@ -127,11 +134,19 @@ def do_backup(options):
             for leftover in plugin.close():
                 progress.say("left behind: %s" % leftover)
         print("%s  checkpoint %s" % (manifest["name"], manifest["checkpoint"]))
+        print(report.consistency_line(manifest["consistency"]))
         print(report.backup_table(manifest))
         if options.keep:
             for name in store.prune(options.keep):
                 print("removed %s" % name)
     return 0
+
+
+def _consistency(options):
+    if options.pause:
+        return {"kind": "pause"}
+    socket, policy = (options.freeze, "require") if options.freeze else (options.try_freeze, "try")
+    return {"kind": "agent", "socket": _address(socket), "policy": policy} if socket else None
 
 
 def do_estimate(options):
@@ -197,9 +212,11 @@ def _print_estimate(plugin, options, wanted):
 
 
 def _monitor(options):
-    if options.qmp.startswith(("unix:", "tcp:")):
-        return options.qmp
-    return os.path.abspath(options.qmp)
+    return _address(options.qmp)
+
+
+def _address(socket):
+    return socket if socket.startswith(("unix:", "tcp:", "tls:")) else os.path.abspath(socket)
 
 
 def _chain(options):

@@ -88,6 +88,19 @@ def table(head, rows):
         for row in rows)
 
 
+def consistency_line(reached):
+    """What the point in time is consistent with, and what that has cost the guest."""
+    kind = reached["kind"]
+    if kind == "agent":
+        return "consistent: %d file systems were frozen, for %d ms" % (
+            reached["filesystems"], reached["frozen_ms"])
+    if kind == "pause":
+        return "consistent as after a loss of power; the VM was paused for %d ms" % (
+            reached["paused_ms"])
+    why = " (%s)" % reached["reason"] if reached.get("reason") else ""
+    return "consistent as after a loss of power" + why
+
+
 def backup_table(manifest):
     """A backup's disks, one a line."""
     return table(
