@@ -1,5 +1,7 @@
 //! `backup.export` and `backup.map`: the host reads by itself.
 
+use std::sync::Arc;
+
 use qemu_fleece_engine::export::Exported;
 use qemu_fleece_engine::extent::{Content, length};
 use qemu_fleece_engine::map::Map;
@@ -38,7 +40,7 @@ pub(crate) fn export(server: &mut Server, id: &Id, params: ExportParams) -> Star
     Ok(spawn(server, id, async move {
         let exported = view.export(&dir, socket).await;
         view.remember().await;
-        let exported = exported.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen));
+        let exported = exported.map_err(|error| wire::of_view(&error, &view));
         Outcome::Reply(
             exported
                 .and_then(|exported| to_result(&exported, &view, &begin))
@@ -106,9 +108,9 @@ pub(crate) fn map(server: &mut Server, id: &Id, params: &MapParams) -> Started {
     let over = backup.session.over();
     let (outlet, disk) = (server.outlet.clone(), params.disk.clone());
     Ok(stream(server, id, over, move |id, cancel| async move {
-        let map = Map::open(view, cancel.clone()).await;
-        let map = map.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen))?;
-        send(map, &outlet, &id, &disk, &cancel)
+        let map = Map::open(Arc::clone(&view), cancel.clone()).await;
+        let map = map.map_err(|error| wire::of_view(&error, &view))?;
+        send(map, &view, &outlet, &id, &disk, &cancel)
             .await
             .and_then(to_raw)
     }))
@@ -116,6 +118,7 @@ pub(crate) fn map(server: &mut Server, id: &Id, params: &MapParams) -> Started {
 
 async fn send(
     mut map: Map,
+    view: &View,
     outlet: &Outlet,
     id: &Id,
     disk: &str,
@@ -130,7 +133,7 @@ async fn send(
     let mut batch = Vec::new();
     loop {
         let next = map.next().await;
-        let next = next.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen))?;
+        let next = next.map_err(|error| wire::of_view(&error, view))?;
         let last = next.is_none();
         if let Some(extent) = next {
             let bytes = length(&extent.range);

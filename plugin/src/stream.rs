@@ -146,8 +146,8 @@ pub(crate) async fn run_push(
     runtime_dir: PathBuf,
 ) -> Result<PushResult, WireError> {
     let (view, cancel) = (Arc::clone(&stream.view), stream.cancel.clone());
-    let push = Receive::open(view, options, runtime_dir, cancel).await;
-    let push = push.map_err(|error| wire::to_error(&error, StateLeft::BackupOpen))?;
+    let push = Receive::open(Arc::clone(&view), options, runtime_dir, cancel).await;
+    let push = push.map_err(|error| wire::of_view(&error, &view))?;
     let (mode, writer) = (stream.begin.mode, Writer::new(&stream.begin));
     let source = Source::Push(Box::new(push));
     let told = Running::start(stream, writer).run(source).await?;

@@ -627,9 +627,9 @@ class Sockets(Machine):
         right = {"disk": "dev-a", "socket": f"fd:{theirs.fileno()}"}
         theirs.close()
 
-        def refused(code, **wrong):
-            reply = wire.reply(wire.send("backup.export", {**right, **wrong}))
-            self.assertEqual(code, reply["error"]["data"]["code"])
+        def refused(code, state="unchanged", **wrong):
+            data = wire.reply(wire.send("backup.export", {**right, **wrong}))["error"]["data"]
+            self.assertEqual((code, state), (data["code"], data["state_left"]))
             with self.assertRaises(BlockingIOError):
                 ours.recv(1, socket.MSG_DONTWAIT)
 
@@ -640,7 +640,7 @@ class Sockets(Machine):
         # One that is refused only when QEMU's work is done.
         target = {"kind": "file", "path": str(self.places.folder / "pushed"), "format": "raw"}
         wire.call("backup.push", {"backup": right["backup"], "disk": "dev-b", "target": target})
-        refused("offset_released", disk="dev-b")
+        refused("offset_released", "disk_spent", disk="dev-b")
         wire.call("backup.export", right)
         with Nbd(ours, "dev-a") as client:
             self.assertEqual(b"\1" * 512, client.read(0, 512))
