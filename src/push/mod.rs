@@ -117,19 +117,25 @@ pub(crate) async fn push_with(
         Ok(bytes) => info!(disk = view.disk(), bytes, "pushed"),
         Err(error) => info!(disk = view.disk(), error = error.chain(), "not pushed"),
     }
-    pushed.map_err(|error| {
-        // The end of the session closes connections under whoever works on it.
-        let is_cut = matches!(
-            error.kind(),
-            Kind::NbdClosed | Kind::NbdRefused | Kind::NbdUnreachable
-        );
-        let error = if is_cut && cancel.is_cancelled() {
-            cancelled().leaving(error.leftovers().to_vec())
-        } else {
-            error
-        };
-        error.on_disk(view.disk())
-    })
+    let Err(error) = pushed else { return pushed };
+    Err(explain(view, error, cancel).await.on_disk(view.disk()))
+}
+
+/// Why a connection of ours to QEMU has ended.
+async fn explain(view: &View, error: Error, cancel: &CancellationToken) -> Error {
+    use Kind::{NbdClosed, NbdRefused, NbdUnreachable};
+    if !matches!(error.kind(), NbdClosed | NbdRefused | NbdUnreachable) {
+        return error;
+    }
+    // The end of the session closes connections under whoever works on it.
+    let leftovers = error.leftovers().to_vec();
+    if cancel.is_cancelled() {
+        return cancelled().leaving(leftovers);
+    }
+    match view.explain(error).await {
+        lost if lost.kind() == Kind::PointInTimeLost => lost.leaving(leftovers),
+        explained => explained,
+    }
 }
 
 struct Run<'a> {

@@ -34,6 +34,8 @@ class Part:
         if not self._cancelled and record.get("offset", 0) >= self._enough and "length" in record:
             self._cancelled = True
             self._plugin.start("cancel", {"id": self._id})
+            # It is read while nothing goes on: the rest has no room on its way here.
+            time.sleep(0.2)
 
     def up_to(self, offset):
         """The records that end at or before an offset."""
