@@ -82,10 +82,13 @@ pub(super) async fn connect(
 ) -> io::Result<SslStream<TcpStream>> {
     let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
     let host = host.trim_matches(['[', ']']);
-    let connector = match credentials {
-        Credentials::X509 { dir } => x509(dir)?,
-        Credentials::Psk { dir, user } => psk(dir, user)?,
-    };
+    let credentials = credentials.clone();
+    // Files may hang.
+    let connector = tokio::task::spawn_blocking(move || match &credentials {
+        Credentials::X509 { dir } => x509(dir),
+        Credentials::Psk { dir, user } => psk(dir, user),
+    });
+    let connector = connector.await.map_err(io::Error::other)??;
     let ssl = connector.build().configure()?.into_ssl(host)?;
     let mut stream = SslStream::new(ssl, stream)?;
     match Pin::new(&mut stream).connect().await {
