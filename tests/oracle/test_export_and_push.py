@@ -9,11 +9,11 @@ from .support import Backup
 
 
 class Together(Pushes):
-    def refused_at_once(self, code, backup, method, **params):
+    def refused_at_once(self, code, backup, method, state="backup_open", **params):
         """A request is refused while a push goes on, and not after it."""
         params = {"backup": backup.id, "disk": "dev-a", **params}
         data = self.within(SOON, self.refused, code, backup.plugin, f"backup.{method}", params)
-        self.assertEqual("backup_open", data["state_left"])
+        self.assertEqual(state, data["state_left"])
 
     def whole(self, export):
         """All of an exported disk can be read, and is right."""
@@ -29,11 +29,11 @@ class Together(Pushes):
             server = self.slow()
             future = self.start(backup, server)
             for _ in range(3):
-                self.refused_at_once("stream_active", backup, "export")
+                self.refused_at_once("stream_active", backup, "export", "disk_spent")
             self.assertFalse(future.done(), "the push was over")
             future.result(support.SECONDS)
             self.equal(server.image)
-            self.refused_at_once("offset_released", backup, "export")
+            self.refused_at_once("offset_released", backup, "export", "disk_spent")
 
     def test_an_export_and_a_push_at_once(self):
         """Whichever is first: what is exported can be read, also when the push is over."""

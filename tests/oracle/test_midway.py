@@ -17,12 +17,13 @@ class Midway(support.Test):
     qemu = "qemu-system-x86_64"
 
     def setUp(self):
-        disks = [Disk(16 * MIB), Disk(16 * MIB, driver="virtio-scsi")]
+        disks = [Disk(32 * MIB), Disk(32 * MIB, driver="virtio-scsi")]
         self.rig = Rig(Guest(disks, self.qemu))
         self.addCleanup(self.rig.close)
         self.guest = self.rig.machine
+        # More than the plugin holds of a disk while its host does not read.
         for disk in NODES.values():
-            self.guest.run(f"write {disk} 0 12M 1")
+            self.guest.run(f"write {disk} 0 28M 1")
         self.plugin = self.rig.plugin()
         self.addCleanup(self.plugin.close)
         with self.rig.plugin() as plugin:
@@ -32,7 +33,7 @@ class Midway(support.Test):
         self.rig.oracle()
         self.rig.forget()
         for disk in NODES.values():
-            self.guest.run(f"write {disk} 0 12M 2")
+            self.guest.run(f"write {disk} 0 28M 2")
 
     def midway(self, then):
         """Both disks are read; after the first data of dev1 `then` runs; the errors of the two."""
