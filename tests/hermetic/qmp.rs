@@ -445,6 +445,14 @@ async fn answer_next(peer: &mut Peer, name: &str, value: Value) {
     peer.answer(&id, value).await;
 }
 
+async fn refuse_next(peer: &mut Peer) {
+    let id = peer.command().await.1;
+    peer.send(&format!(
+        "{{\"error\":{{\"class\":\"GenericError\",\"desc\":\"no\"}},\"id\":{id}}}\r\n"
+    ))
+    .await;
+}
+
 #[tokio::test]
 async fn a_job_whose_event_was_missed_is_seen_to_end() {
     let (qmp, mut peer) = ready().await;
@@ -465,11 +473,7 @@ async fn a_job_whose_event_was_missed_is_seen_to_end() {
     )
     .await;
     // That it failed is told even where it cannot be dismissed.
-    let id = peer.command().await.1;
-    peer.send(&format!(
-        "{{\"error\":{{\"class\":\"GenericError\",\"desc\":\"no\"}},\"id\":{id}}}\r\n"
-    ))
-    .await;
+    refuse_next(&mut peer).await;
     let error = running.await.unwrap().unwrap_err();
     assert_eq!(error.kind(), Kind::QemuRefused);
     assert!(error.chain().contains("disk full"), "{}", error.chain());
@@ -481,11 +485,7 @@ async fn a_job_that_is_gone_did_not_succeed() {
     let running = finalize(&qmp, PATIENCE);
     answer_next(&mut peer, "job-finalize", json!({})).await;
     answer_next(&mut peer, "query-jobs", json!([])).await;
-    let id = peer.command().await.1;
-    peer.send(&format!(
-        "{{\"error\":{{\"class\":\"GenericError\",\"desc\":\"no\"}},\"id\":{id}}}\r\n"
-    ))
-    .await;
+    refuse_next(&mut peer).await;
     let error = running.await.unwrap().unwrap_err();
     assert_eq!(error.kind(), Kind::QemuRefused);
 }
