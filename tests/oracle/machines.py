@@ -98,10 +98,13 @@ def virtio(node, path, format="qcow2", device=None):
 
 
 class Relay:
-    """TCP on this machine to a unix socket, for one client at a time: descriptors cannot pass."""
+    """TCP on this machine to a unix socket, for one client at a time: descriptors cannot pass.
 
-    def __init__(self, path):
-        self._path = path
+    With `tls`, a context of a server's, the TCP side is encrypted.
+    """
+
+    def __init__(self, path, tls=None):
+        self._path, self._tls = path, tls
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -112,6 +115,8 @@ class Relay:
                 client, _ = self._listener.accept()
             except OSError:
                 return
+            if self._tls:
+                client = self._tls.wrap_socket(client, server_side=True)
             with client, socket.socket(socket.AF_UNIX) as server:
                 server.connect(self._path)
                 back = threading.Thread(target=self._pump, args=(server, client))

@@ -4,6 +4,7 @@ import itertools
 import os
 import pathlib
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from .agent import Agent, Gate
 from .guest import Disk, Guest
 from .machines import Relay, Vm, make_image, virtio
 from .support import PLUGIN, QEMU, QEMU_7_2, Backup, Rig, Wire, ours
+from .targets import Authority
 from .test_host import HOST
 
 SECONDS = support.SECONDS
@@ -166,6 +168,18 @@ class Agents(Frozen):
         relay = Relay(self.guest.agent)
         self.addCleanup(relay.close)
         found = self.abort(self.begin({**self.consistency(), "socket": relay.address}))
+        self.assertEqual("agent", found["kind"])
+
+    def test_over_tls(self):
+        self.start()
+        authority = Authority(self.rig.folder / "authority")
+        server, client = authority.issue("server", "localhost"), authority.issue("client")
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(server / "server-cert.pem", server / "server-key.pem")
+        relay = Relay(self.guest.agent, tls)
+        self.addCleanup(relay.close)
+        address = relay.address.replace("tcp:127.0.0.1", "tls:localhost")
+        found = self.abort(self.begin({**self.consistency(), "socket": f"{address}?x509={client}"}))
         self.assertEqual("agent", found["kind"])
 
     def test_writes_wait_for_the_instant_and_no_longer(self):
