@@ -1,9 +1,11 @@
 //! Where a monitor, or a guest agent, is.
 
 use std::fmt;
+use std::io;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use tokio::net::TcpStream;
 
 use crate::error::{Error, Kind, Result};
 use crate::qemu::tls::Credentials;
@@ -85,6 +87,14 @@ impl fmt::Display for Address {
             } => write!(f, "tls:{address}?{credentials}"),
         }
     }
+}
+
+/// Connects to `host:port`.
+pub(super) async fn tcp(address: &str) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
+    // Each command waits for its answer: delaying it gains nothing.
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
 
 #[cfg(test)]

@@ -11,11 +11,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::UnixStream;
 
 use crate::error::{Error, Kind, Result};
 use crate::qemu::line::Message;
-use crate::qemu::{Address, Refusal, tls};
+use crate::qemu::{Address, Refusal, address, tls};
 
 /// Longest answer of the calls that are made here, with room for an error's words.
 const MAX_LINE_BYTES: usize = 64 * 1024;
@@ -65,18 +65,12 @@ impl GuestAgent {
         let connecting = async {
             let stream: Box<dyn Stream> = match address {
                 Address::Unix(path) => Box::new(UnixStream::connect(path).await?),
-                Address::Tcp(address) => {
-                    let stream = TcpStream::connect(address).await?;
-                    // Each call waits for its answer: delaying it gains nothing.
-                    stream.set_nodelay(true)?;
-                    Box::new(stream)
-                }
+                Address::Tcp(address) => Box::new(address::tcp(address).await?),
                 Address::Tls {
                     address,
                     credentials,
                 } => {
-                    let stream = TcpStream::connect(address).await?;
-                    stream.set_nodelay(true)?;
+                    let stream = address::tcp(address).await?;
                     Box::new(tls::connect(stream, address, credentials).await?)
                 }
             };

@@ -21,7 +21,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::UnixStream;
 use tokio::sync::{Mutex, OwnedMutexGuard, broadcast, mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
@@ -29,7 +29,7 @@ use crate::error::{Error, Kind, Result};
 use crate::qemu::Address;
 use crate::qemu::actor::{Actor, Command};
 use crate::qemu::line::Lines;
-use crate::qemu::{greeting, tls};
+use crate::qemu::{address, greeting, tls};
 
 /// How long a command may take unless its caller says otherwise.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
@@ -108,10 +108,8 @@ impl Qmp {
         };
         let mut qmp = match address {
             Address::Unix(path) => {
-                let stream = tokio::time::timeout(deadline, UnixStream::connect(path))
-                    .await
-                    .map_err(|elapsed| unreachable(elapsed.into()))?
-                    .map_err(unreachable)?;
+                let stream = within(deadline, UnixStream::connect(path));
+                let stream = stream.await.map_err(unreachable)?;
                 // A second descriptor of the socket, to send others with.
                 let sender = stream.as_fd().try_clone_to_owned().map_err(unreachable)?;
                 let sender = UnixStream::from_std(sender.into()).map_err(unreachable)?;
@@ -119,14 +117,18 @@ impl Qmp {
                 qmp.probe_fds().await?
             }
             Address::Tcp(host) => {
-                let stream = over_tcp(host, deadline).await.map_err(unreachable)?;
+                let stream = within(deadline, address::tcp(host))
+                    .await
+                    .map_err(unreachable)?;
                 Self::start(stream, None, deadline, 0).await?
             }
             Address::Tls {
                 address: host,
                 credentials,
             } => {
-                let stream = over_tcp(host, deadline).await.map_err(unreachable)?;
+                let stream = within(deadline, address::tcp(host))
+                    .await
+                    .map_err(unreachable)?;
                 let encrypted = tls::connect(stream, host, credentials);
                 let encrypted = tokio::time::timeout(deadline, encrypted).await;
                 let encrypted = encrypted.map_err(|_elapsed| greeting::missing())?;
@@ -367,9 +369,9 @@ fn closed(name: &str) -> Error {
         .because("the monitor's connection has ended")
 }
 
-async fn over_tcp(address: &str, deadline: Duration) -> std::io::Result<TcpStream> {
-    let stream = tokio::time::timeout(deadline, TcpStream::connect(address)).await??;
-    // Each command waits for its answer: delaying it gains nothing.
-    stream.set_nodelay(true)?;
-    Ok(stream)
+async fn within<T>(
+    deadline: Duration,
+    step: impl Future<Output = std::io::Result<T>>,
+) -> std::io::Result<T> {
+    tokio::time::timeout(deadline, step).await?
 }
