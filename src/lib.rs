@@ -11,6 +11,7 @@ pub mod change;
 pub mod checkpoint;
 pub mod chunk;
 mod claim;
+pub mod consumption;
 mod entry;
 pub mod error;
 pub mod estimate;

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::checkpoint::GRANULARITY;
+use crate::consumption::{Consumption, Released, Work};
 use crate::entry;
 use crate::error::{Error, Kind, Result};
 use crate::export::{self, Exported, Gate};
@@ -42,25 +43,11 @@ const FIRST_RIGHT: (u32, u32) = (10, 0);
 /// Most TRIMs under way.
 const TRIMS: usize = 8;
 
-/// Where a disk's stream stands.
-#[derive(Debug, Default)]
+/// What changes of a view.
+#[derive(Debug)]
 struct State {
-    /// Whether a stream is open.
-    active: Active,
-    /// A stream reached the end of the disk, or a push is done.
-    complete: bool,
-    /// The host reads it by itself.
-    exported: bool,
-    /// What did not change since the base was given back.
-    partial: bool,
-    /// A push gives back what it has written: no second one can follow.
-    spent: bool,
-    /// The view before this offset is given back; 0: none of it.
-    released: u64,
-    /// A stream gives back what it reads: after a crash nobody knows how far it was.
-    flowing: bool,
-    /// Where the stream can go on, in the words of whoever streams.
-    mark: Option<String>,
+    /// How far it is consumed.
+    consumption: Consumption,
     /// A part could not be given back, which was told.
     untrimmed: bool,
     /// Scratch was full, and the point in time of this disk was given up.
@@ -69,26 +56,6 @@ struct State {
     left: Teardown,
     /// Its session ends.
     over: bool,
-}
-
-/// What works on a view.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum Active {
-    #[default]
-    Nobody,
-    /// A pull: what it has read can be given back.
-    Pull,
-    /// A push or a map: it needs all, to its end.
-    Whole,
-}
-
-/// What nobody may read any more, before QEMU knows of it.
-#[derive(Debug)]
-#[must_use]
-pub struct Released {
-    /// All before it is given back.
-    pub offset: u64,
-    range: Range,
 }
 
 /// A disk's view.
@@ -136,7 +103,13 @@ impl View {
             version,
             can_discard_source,
             scratch,
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                consumption: Consumption::new(plan.disk.size),
+                untrimmed: false,
+                lost: false,
+                left: Teardown::default(),
+                over: false,
+            }),
             at_work: tokio::sync::Mutex::default(),
             trimmer: tokio::sync::Mutex::default(),
             gate: tokio::sync::Mutex::default(),
@@ -196,9 +169,8 @@ impl View {
 
     fn check_open(&self) -> Result<()> {
         if self.state().over {
-            return Err(Error::new(Kind::Cancelled, "beginning to work on a view")
-                .because("its backup has ended")
-                .on_disk(self.disk.clone()));
+            let error = Error::new(Kind::Cancelled, "beginning to work on a view");
+            return Err(self.here(error.because("its backup has ended")));
         }
         Ok(())
     }
@@ -231,15 +203,7 @@ impl View {
     /// Makes it what it was in a process that has ended.
     #[must_use]
     pub(crate) fn resumed(self, progress: &Progress) -> Self {
-        {
-            let mut state = self.state();
-            state.complete = progress.complete;
-            state.exported = progress.exported;
-            state.partial = progress.partial;
-            state.spent = progress.spent;
-            state.released = progress.released;
-            state.mark.clone_from(&progress.mark);
-        }
+        self.state().consumption.resume(progress);
         self
     }
 
@@ -247,28 +211,14 @@ impl View {
     /// nowhere.
     #[must_use]
     pub fn resume(&self) -> Option<(u64, Option<String>)> {
-        let state = self.state();
-        (!state.spent).then(|| (state.released, state.mark.clone()))
-    }
-
-    fn progress(&self) -> Progress {
-        let state = self.state();
-        Progress {
-            time_ms: now_ms(),
-            released: state.released,
-            mark: state.mark.clone(),
-            complete: state.complete,
-            exported: state.exported,
-            spent: state.spent || state.flowing,
-            partial: state.partial,
-        }
+        self.state().consumption.start()
     }
 
     /// Has QEMU keep how far its consumer is, for a process that takes over. A failure
     /// costs that, not the backup, and is only logged.
     pub async fn remember(&self) {
         let told = async {
-            let text = saved::to_text(&self.progress())?;
+            let text = saved::to_text(&self.state().consumption.progress(now_ms()))?;
             note::change(&self.qmp, &self.names.progress(), &text).await
         };
         if let Err(error) = told.await {
@@ -285,7 +235,7 @@ impl View {
     #[must_use]
     pub fn is_complete(&self) -> bool {
         let state = self.state();
-        state.complete || state.exported
+        state.consumption.complete || state.consumption.exported
     }
 
     /// Its point in time is given up: nothing of it can be read any more.
@@ -311,60 +261,47 @@ impl View {
         })
     }
 
+    fn here(&self, error: Error) -> Error {
+        error.on_disk(self.disk.clone())
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Claims the view for a pull that starts at `offset`.
     pub(crate) fn start_pull(&self, offset: u64) -> Result<()> {
-        self.claim(offset, Active::Pull)
+        self.claim(offset, Work::Pull)
     }
 
     /// Claims all of the view, for a push or a map.
     pub(crate) fn start(&self) -> Result<()> {
-        self.claim(0, Active::Whole)
+        self.claim(0, Work::Whole)
     }
 
-    fn claim(&self, offset: u64, by: Active) -> Result<()> {
+    fn claim(&self, offset: u64, work: Work) -> Result<()> {
         if let Some(error) = self.scratch_full() {
             return Err(error);
         }
-        let mut state = self.state();
-        if state.active != Active::Nobody {
-            return Err(
-                Error::new(Kind::StreamActive, "starting a stream").on_disk(self.disk.clone())
-            );
-        }
-        if state.spent {
-            return Err(Error::new(Kind::OffsetReleased, "starting a stream")
-                .because("a push has given back what it wrote")
-                .on_disk(self.disk.clone()));
-        }
-        if offset != state.released {
-            return Err(Error::new(Kind::OffsetReleased, "starting a stream")
-                .because(format!("it can start at {} only", state.released))
-                .on_disk(self.disk.clone())
-                .at(state.released));
-        }
-        state.active = by;
-        Ok(())
+        let claimed = self.state().consumption.claim(offset, work);
+        claimed.map_err(|error| self.here(error))
     }
 
     /// A push begins that gives back what it has written.
     pub(crate) fn spend(&self) {
-        self.state().spent = true;
+        self.state().consumption.spent = true;
     }
 
     /// A stream begins that gives back what it reads.
     pub(crate) async fn flow(&self) {
-        self.state().flowing = true;
+        self.state().consumption.flowing = true;
         self.remember().await;
     }
 
     /// Whether a push has begun that gave back what it wrote: nothing can follow.
     #[must_use]
     pub fn is_spent(&self) -> bool {
-        self.state().spent
+        self.state().consumption.spent
     }
 
     /// A push could not take this away.
@@ -378,12 +315,12 @@ impl View {
 
     /// The stream is over.
     pub(crate) fn stop(&self) {
-        self.state().active = Active::Nobody;
+        self.state().consumption.stop();
     }
 
     /// A stream has reached the end of the disk, or it was pushed.
     pub(crate) fn complete(&self) {
-        self.state().complete = true;
+        self.state().consumption.complete = true;
     }
 
     /// A connection for the view's bytes, and what is allocated.
@@ -444,7 +381,7 @@ impl View {
             }
         }
         changes.close().await;
-        self.state().partial = !keep_unchanged;
+        self.state().consumption.partial = !keep_unchanged;
         Ok(changed)
     }
 
@@ -454,18 +391,8 @@ impl View {
     /// # Errors
     /// [`Kind::StreamActive`] where that would take it away under a stream.
     pub fn check_release(&self) -> Result<bool> {
-        self.may_release(&self.state())
-    }
-
-    fn may_release(&self, state: &State) -> Result<bool> {
-        match (state.active, state.exported) {
-            (Active::Nobody, exported) => Ok(exported),
-            (Active::Pull, false) => Ok(false),
-            _ => Err(
-                Error::new(Kind::StreamActive, "giving back a part of the view")
-                    .on_disk(self.disk.clone()),
-            ),
-        }
+        let checked = self.state().consumption.check_release();
+        checked.map_err(|error| self.here(error))
     }
 
     /// The host has, or wants no more, what lies before `offset`: from here on nobody may
@@ -475,9 +402,8 @@ impl View {
     /// # Errors
     /// As of [`View::check_release`].
     pub fn release(&self, offset: u64) -> Result<Released> {
-        let mut state = self.state();
-        self.may_release(&state)?;
-        Ok(self.release_in(&mut state, offset))
+        let released = self.state().consumption.release(offset, None);
+        released.map_err(|error| self.here(error))
     }
 
     /// As [`View::release`]; a stream can go on at `offset` by `mark`.
@@ -485,26 +411,8 @@ impl View {
     /// # Errors
     /// As there.
     pub fn acknowledge(&self, offset: u64, mark: String) -> Result<Released> {
-        let mut state = self.state();
-        self.may_release(&state)?;
-        if offset > state.released {
-            state.mark = Some(mark);
-        }
-        Ok(self.release_in(&mut state, offset))
-    }
-
-    fn release_in(&self, state: &mut State, offset: u64) -> Released {
-        let from = state.released;
-        state.released = from.max(offset);
-        let start = from / GRANULARITY * GRANULARITY;
-        Released {
-            offset: state.released,
-            range: if offset > from {
-                inner_aligned(&(start..offset), GRANULARITY, self.size)
-            } else {
-                0..0
-            },
-        }
+        let released = self.state().consumption.release(offset, Some(mark));
+        released.map_err(|error| self.here(error))
     }
 
     /// Lets QEMU forget what was released. A failure costs scratch room, not the backup, and
@@ -525,14 +433,10 @@ impl View {
     /// Gives back what a pull has handed over, once `least` bytes or more have come together;
     /// nothing of what others read too.
     pub(crate) async fn give_back_in_steps(&self, offset: u64, least: u64) {
-        let released = {
-            let mut state = self.state();
-            if state.exported || offset.saturating_sub(state.released) < least {
-                return;
-            }
-            self.release_in(&mut state, offset)
-        };
-        self.give_back(released).await;
+        let released = self.state().consumption.release_in_steps(offset, least);
+        if let Some(released) = released {
+            self.give_back(released).await;
+        }
     }
 
     async fn trim(&self, range: &Range) -> Result<()> {
@@ -593,48 +497,34 @@ impl View {
                 .on_disk(self.disk.clone())
         })?;
         self.check_open()?;
-        self.check_whole(&self.state())?;
+        self.check_whole()?;
         let gate = export::open(self, runtime_dir).await?;
         // A pull may have given back a part meanwhile; from here on none does.
-        match self.lend() {
+        let lent = self.state().consumption.lend();
+        match lent {
             Ok(()) => Ok(gate),
             Err(error) => {
                 gate.close().await;
-                Err(error)
+                Err(self.here(error))
             }
         }
     }
 
-    fn lend(&self) -> Result<()> {
-        let mut state = self.state();
-        self.check_whole(&state)?;
-        state.exported = true;
-        Ok(())
-    }
-
-    /// Whether all of it is there still, for others to read.
-    fn check_whole(&self, state: &State) -> Result<()> {
-        if state.spent || state.released > 0 {
-            return Err(
-                Error::new(Kind::OffsetReleased, "exporting a point in time")
-                    .because("a part of it was given back")
-                    .on_disk(self.disk.clone())
-                    .at(state.released),
-            );
-        }
-        Ok(())
+    fn check_whole(&self) -> Result<()> {
+        let checked = self.state().consumption.check_whole();
+        checked.map_err(|error| self.here(error))
     }
 
     /// Whether all of it can be read, as far as nothing was given back by streams.
     #[must_use]
     pub fn is_whole(&self) -> bool {
-        !self.state().partial
+        !self.state().consumption.partial
     }
 
     /// Whether the host's own clients can read it.
     #[must_use]
     pub(crate) fn is_exported(&self) -> bool {
-        self.state().exported
+        self.state().consumption.exported
     }
 
     /// The session ends: nobody begins to work on it any more. Closes our connections, and

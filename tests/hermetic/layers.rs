@@ -45,6 +45,7 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
             "src/change.rs",
             "src/join.rs",
             "src/checkpoint.rs",
+            "src/consumption.rs",
             "src/extent.rs",
             "src/chunk.rs",
             "src/qemu/step.rs",
@@ -148,7 +149,7 @@ const LONG: &[(&str, &str)] = &[
     ("src/join.rs", "merge and redefine, with their tests"),
     (
         "src/view.rs",
-        "one disk's view: who may use it, and what is given back of it",
+        "one disk's view: its connections, its gate, what is given back of it",
     ),
     (
         "src/qemu/discover.rs",
