@@ -42,7 +42,7 @@ class Guest:
     Leaving the `with` block kills QEMU and removes the folder with all files.
     """
 
-    def __init__(self, disks, qemu="qemu-system-x86_64", memory=256, cpus=2, arguments=()):
+    def __init__(self, disks, qemu="qemu-system-x86_64", memory=256, cpus=1, arguments=()):
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="fleece-guest-"))
         self.qmp = [str(self.folder / f"qmp{n}") for n in range(3)]
         self.agent = str(self.folder / "agent")
@@ -62,7 +62,8 @@ class Guest:
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(str(self.folder / "control"))
         listener.listen()
-        # Emulation works everywhere; a /dev/kvm that can be opened may still not run a guest.
+        # Emulation works everywhere; a /dev/kvm that can be opened may still not run a guest. One
+        # processor: an emulated second one has been seen to lose its timer, and Linux hung there.
         command = [qemu, "-machine", "q35", "-accel", "tcg", "-cpu", "max"]
         command += ["-smp", str(cpus), "-m", str(memory), "-nodefaults", "-display", "none"]
         command += ["-no-reboot", "-kernel", RIG / "guest/vmlinuz", "-initrd", RIG / "guest/initrd"]
