@@ -24,6 +24,7 @@ use qemu_fleece_engine::server::Server;
 use qemu_fleece_engine::session::Session;
 use qemu_fleece_engine::target::Target;
 use qemu_fleece_engine::view::View;
+use tempfile::TempDir;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -40,12 +41,35 @@ fn options() -> Options {
     }
 }
 
-/// A machine with one disk.
-async fn machine(images: &Images) -> Machine {
-    images.create("a", "qcow2", &[]);
-    let mut arguments = images.blockdev("a", "qcow2", "");
-    arguments.extend(["-device".into(), "virtio-blk-pci,drive=a,id=vda".into()]);
-    Machine::start(&arguments).await
+/// A machine with one disk, and an open backup of it.
+struct Rig {
+    qmp: Qmp,
+    session: Session,
+    view: Arc<View>,
+    dir: TempDir,
+    _machine: Machine,
+    _images: Images,
+}
+
+impl Rig {
+    async fn start() -> Self {
+        let images = Images::new();
+        images.create("a", "qcow2", &[]);
+        let mut arguments = images.blockdev("a", "qcow2", "");
+        arguments.extend(["-device".into(), "virtio-blk-pci,drive=a,id=vda".into()]);
+        let machine = Machine::start(&arguments).await;
+        let dir = tempfile::tempdir().unwrap();
+        let qmp = machine.connect().await;
+        let session = begin(&qmp, dir.path()).await;
+        Self {
+            qmp,
+            view: session.view("vda").unwrap(),
+            session,
+            dir,
+            _machine: machine,
+            _images: images,
+        }
+    }
 }
 
 /// A backup of its disk.
@@ -96,12 +120,8 @@ async fn read(view: Arc<View>) -> Pull {
 #[tokio::test]
 async fn a_pull_is_complete_when_the_host_has_its_end() {
     within(async {
-        let images = Images::new();
-        let machine = machine(&images).await;
-        let qmp = machine.connect().await;
-        let dir = tempfile::tempdir().unwrap();
-        let session = begin(&qmp, dir.path()).await;
-        let view = session.view("vda").unwrap();
+        let rig = Rig::start().await;
+        let (session, view) = (rig.session, rig.view);
         drop(read(Arc::clone(&view)).await);
         let unfinished = session.check_commit(None).unwrap_err();
         assert_eq!(unfinished.kind(), Kind::Incomplete);
@@ -119,33 +139,29 @@ async fn a_pull_is_complete_when_the_host_has_its_end() {
 #[tokio::test]
 async fn nothing_begins_after_the_end() {
     within(async {
-        let images = Images::new();
-        let machine = machine(&images).await;
-        let qmp = machine.connect().await;
-        let dir = tempfile::tempdir().unwrap();
-        let session = begin(&qmp, dir.path()).await;
-        let view = session.view("vda").unwrap();
-        assert_eq!(session.abort().await, Vec::<String>::new());
+        let rig = Rig::start().await;
+        let (view, dir) = (&rig.view, rig.dir.path());
+        assert_eq!(rig.session.abort().await, Vec::<String>::new());
         // Nobody has told these of the end.
         let never = CancellationToken::new();
         let target = Target::File {
-            path: dir.path().join("new"),
+            path: dir.join("new"),
             format: Format::Raw,
             backing: None,
         };
         let (told, _progress) = watch::channel(Progress::default());
-        let pushed = push::push(&view, target, &options(), dir.path(), &told, &never).await;
+        let pushed = push::push(view, target, &options(), dir, &told, &never).await;
         assert_eq!(pushed.unwrap_err().kind(), Kind::Cancelled);
-        let receive = Receive::open(Arc::clone(&view), options(), dir.path().into(), never);
+        let receive = Receive::open(Arc::clone(view), options(), dir.into(), never);
         let mut receive = receive.await.unwrap();
         let received = receive.next().await;
         assert_eq!(received.unwrap_err().kind(), Kind::Cancelled);
         assert_eq!(receive.close().await, Vec::<String>::new());
-        let exported = view.export(dir.path(), None).await;
+        let exported = view.export(dir, None).await;
         assert_eq!(exported.unwrap_err().kind(), Kind::Cancelled);
-        let left = inspect::inspect(&qmp).await.unwrap().our_objects;
+        let left = inspect::inspect(&rig.qmp).await.unwrap().our_objects;
         assert_eq!(left, Vec::<String>::new());
-        assert_eq!(dir.path().read_dir().unwrap().count(), 0);
+        assert_eq!(dir.read_dir().unwrap().count(), 0);
     })
     .await;
 }
