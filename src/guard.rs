@@ -20,9 +20,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::error::{Error, Kind, Result};
-use crate::qemu::query::{self, BlockDevice};
-use crate::qemu::{Event, Qmp, job};
+use crate::qemu::{Event, Qmp, job, query};
 use crate::room::{OnFull, Room, Wish};
+use crate::standstill::{is_full, is_stopped};
 use crate::view::View;
 
 /// How often scratch is looked at.
@@ -33,6 +33,9 @@ const GIVE_UP_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The part of a disk's room after which a warning comes: three in four.
 const HIGH: (u64, u64) = (3, 4);
+
+/// How long after a disk was given up a guest is told to have stopped for want of its scratch.
+const TOLD_LATE: Duration = Duration::from_secs(5);
 
 /// Room that has to be free again before a guest that stands still goes on.
 const ENOUGH: u64 = 4 * 1024 * 1024;
@@ -75,8 +78,10 @@ pub struct Guard {
     room: Room,
     events: broadcast::Receiver<Event>,
     notices: mpsc::Sender<Notice>,
-    /// When the guest was seen to stand still, for want of scratch.
-    stopped: Option<Instant>,
+    /// When the guest was seen to stand still, and the disks whose scratch was full.
+    stopped: Option<(Instant, Vec<Arc<View>>)>,
+    /// When a disk was given up last.
+    gave_up: Option<Instant>,
 }
 
 impl Guard {
@@ -95,16 +100,22 @@ impl Guard {
             room,
             notices,
             stopped: None,
+            gave_up: None,
         }
     }
 
     /// Watches until `over`, or until QEMU is gone.
     pub async fn run(mut self, over: CancellationToken) {
         self.arm().await;
+        // Nobody has listened so far.
+        let mut looked = self.look().await;
         let mut tick = tokio::time::interval(LOOK_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let looked = tokio::select! {
+            if let Err(error) = looked {
+                warn!(error = error.chain(), "could not look after scratch");
+            }
+            looked = tokio::select! {
                 () = over.cancelled() => return,
                 _ = tick.tick() => self.measure().await,
                 event = self.events.recv() => match event {
@@ -113,9 +124,14 @@ impl Guard {
                     Err(broadcast::error::RecvError::Closed) => return,
                 },
             };
-            if let Err(error) = looked {
-                warn!(error = error.chain(), "could not look after scratch");
-            }
+        }
+    }
+
+    /// Nobody will watch any more: a guest that stands still waits for nothing.
+    pub(crate) async fn leave(mut self) {
+        self.wish.on_full = OnFull::GiveUp;
+        if let Err(error) = self.look().await {
+            warn!(error = error.chain(), "a guest may stand still");
         }
     }
 
@@ -161,25 +177,31 @@ impl Guard {
 
     /// Whether a guest stands still for want of our scratch, and what is done.
     async fn look(&mut self) -> Result<()> {
-        if query::status(&self.qmp).await?.as_deref() != Some("io-error") {
+        if !is_stopped(&self.qmp).await? {
             return Ok(());
         }
         let devices = query::block_devices(&self.qmp).await?;
-        let is_full = |view: &&Arc<View>| devices.iter().any(|device| is_full(device, view));
+        let is_full = |view: &&Arc<View>| {
+            let filter = view.names().filter();
+            devices.iter().any(|device| is_full(device, &filter))
+        };
         let full: Vec<Arc<View>> = self.views.iter().filter(is_full).cloned().collect();
         if full.is_empty() {
             // Given up already, if it is ours: what is left is to go on.
-            return match self.stopped {
-                Some(_) => self.go_on(&[], What::GivenUp).await,
-                None => Ok(()),
-            };
+            let is_late = |at: Instant| at.elapsed() < TOLD_LATE;
+            if self.stopped.is_some() || self.gave_up.is_some_and(is_late) {
+                self.go_on(&[], What::GivenUp).await?;
+            }
+            return Ok(());
         }
-        if self.stopped.is_none() {
-            self.stopped = Some(Instant::now());
-            for view in &full {
+        let (since, mut known) = self.stopped.take().unwrap_or((Instant::now(), Vec::new()));
+        for view in &full {
+            if !known.iter().any(|one| Arc::ptr_eq(one, view)) {
                 self.tell(view, What::Full, None).await;
+                known.push(Arc::clone(view));
             }
         }
+        self.stopped = Some((since, known));
         if self.wish.on_full == OnFull::Wait {
             return Ok(());
         }
@@ -191,7 +213,9 @@ impl Guard {
 
     /// Lets a guest that waits go on, once there is room.
     async fn wait(&mut self) -> Result<()> {
-        let waiting: Vec<Arc<View>> = self.views.clone();
+        let Some((_, waiting)) = self.stopped.clone() else {
+            return Ok(());
+        };
         if self.has_room(&waiting).await {
             return self.go_on(&waiting, What::Resumed).await;
         }
@@ -217,7 +241,7 @@ impl Guard {
 
     async fn go_on(&mut self, views: &[Arc<View>], what: What) -> Result<()> {
         self.qmp.execute(&cont {}).await?;
-        let paused = self.stopped.take().map(|since| since.elapsed());
+        let paused = self.stopped.take().map(|(since, _)| since.elapsed());
         for view in views {
             self.tell(view, what, paused).await;
         }
@@ -226,7 +250,7 @@ impl Guard {
 
     /// All scratch together; and a guest that waits for room.
     async fn measure(&mut self) -> Result<()> {
-        match (self.stopped, self.wish.on_full) {
+        match (&self.stopped, self.wish.on_full) {
             (Some(_), OnFull::Wait) => self.wait().await?,
             (Some(_), OnFull::GiveUp) => self.look().await?,
             (None, _) => {}
@@ -250,7 +274,7 @@ impl Guard {
     }
 
     /// Ends the point in time of a disk: its guest's writes need no scratch any more.
-    async fn give_up(&self, view: &View) -> Result<()> {
+    async fn give_up(&mut self, view: &View) -> Result<()> {
         info!(
             disk = view.disk(),
             "scratch is full: the point in time is given up"
@@ -264,6 +288,7 @@ impl Guard {
                 .on_disk(view.disk())
         })?;
         view.empty_scratch();
+        self.gave_up = Some(Instant::now());
         Ok(())
     }
 
@@ -277,13 +302,4 @@ impl Guard {
         // A host that takes nothing must not keep the guest waiting.
         let _full = self.notices.try_send(notice);
     }
-}
-
-fn is_full(device: &BlockDevice, view: &View) -> bool {
-    let filter = view.names().filter();
-    device.io_status.as_deref() == Some("nospace")
-        && device
-            .inserted
-            .as_ref()
-            .is_some_and(|node| node.node_name == filter)
 }

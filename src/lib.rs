@@ -52,6 +52,7 @@ pub mod scratch;
 pub mod server;
 pub mod session;
 mod stake;
+mod standstill;
 pub mod storage_daemon;
 pub mod target;
 pub mod teardown;

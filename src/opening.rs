@@ -30,6 +30,7 @@ use crate::scratch::{Limits, Scratch};
 use crate::server::Server;
 use crate::session::{Session, SessionDisk, new_id, now_ms, random_id};
 use crate::stake::Stake;
+use crate::standstill;
 use crate::teardown::{Teardown, Undo};
 use crate::view::View;
 
@@ -125,7 +126,8 @@ impl Opening {
 
     /// Takes everything away; the error with what could not be.
     pub(crate) async fn give_up(self, error: Error) -> Error {
-        error.leaving(self.teardown.run(&self.member.qmp).await)
+        let filters: Vec<String> = self.disks.iter().map(|disk| disk.names.filter()).collect();
+        error.leaving(standstill::end(&self.member.qmp, self.teardown, &filters).await)
     }
 
     /// Takes the instant: one transaction over all disks.

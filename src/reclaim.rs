@@ -24,6 +24,7 @@ use crate::qemu::{Qmp, note, query};
 use crate::saved::{self, Deed, Progress};
 use crate::session::now_ms;
 use crate::stake;
+use crate::standstill;
 use crate::teardown::{Teardown, Undo};
 
 /// What is known of a session.
@@ -352,7 +353,8 @@ pub async fn reclaim(qmp: &Qmp, which: &Which) -> Result<Report> {
         }
         info!(session = found.id, ?state, "reclaiming");
         let teardown = found.teardown(state != State::Unknown);
-        let leftovers = teardown.run(qmp).await;
+        let filters: Vec<String> = found.names().iter().map(Names::filter).collect();
+        let leftovers = standstill::end(qmp, teardown, &filters).await;
         report.leftovers.extend(leftovers);
         report.reclaimed.push(found.id);
     }

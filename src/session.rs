@@ -33,6 +33,7 @@ use crate::qemu::{Event, Qmp};
 use crate::room::{self, Room};
 use crate::saved::SavedDisk;
 use crate::stake::Stake;
+use crate::standstill;
 use crate::teardown::{Teardown, Undo};
 use crate::view::View;
 
@@ -336,6 +337,8 @@ impl Session {
     /// ([`crate::attach`]) once this one has ended.
     pub async fn detach(self) {
         self.over.cancel();
+        let (guard, _told) = self.guard();
+        guard.leave().await;
         for disk in &self.disks {
             let work = tokio::time::timeout(WORK_DEADLINE, disk.view.at_work()).await;
             disk.view.remember().await;
@@ -356,7 +359,8 @@ impl Session {
             disk.view.close().await;
             self.teardown.append(disk.view.take_left());
         }
-        std::mem::take(&mut self.teardown).run(&self.qmp).await
+        let filters: Vec<String> = self.disks.iter().map(|disk| disk.names.filter()).collect();
+        standstill::end(&self.qmp, std::mem::take(&mut self.teardown), &filters).await
     }
 }
 

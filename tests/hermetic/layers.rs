@@ -101,6 +101,7 @@ const RULES: &[(&[&str], &[&str], &str)] = &[
             "src/scratch.rs",
             "src/server.rs",
             "src/stake.rs",
+            "src/standstill.rs",
             "src/reclaim.rs",
             "src/teardown.rs",
             "src/quiesce.rs",

@@ -133,6 +133,58 @@ class Scratch(support.Test):
         backup.abort()
         self.unharmed()
 
+    def waits(self, **params):
+        """A guest that stands still for want of scratch, as its host has wished: what its write answers at last."""
+        self.boot("virtio-blk")
+        scratch = {"disk_max_bytes": CAP, "on_full": "wait"}
+        self.backup = Backup(self.plugin, self.rig.monitor, scratch=scratch, **params)
+        written = self.overwrite()
+        self.heard("high")
+        self.heard("full")
+        self.assertEqual("io-error", self.rig.qmp.command("query-status")["status"])
+        return written
+
+    def goes_on(self, written):
+        self.assertEqual("", written.get(timeout=SECONDS))
+        self.unharmed()
+
+    def test_it_goes_on_when_the_backup_ends(self):
+        written = self.waits()
+        self.backup.abort()
+        self.goes_on(written)
+        self.assertEqual([], support.ours(self.rig.qmp))
+
+    def test_it_goes_on_when_the_host_ends(self):
+        """Also where the backup is kept: there is nobody who gives anything back."""
+        for keep in (0, 60000):
+            with self.subTest(keep):
+                written = self.waits(keep_ms=keep)
+                self.plugin._process.stdin.close()
+                self.goes_on(written)
+                self.doCleanups()
+
+    def test_nobody_was_there_when_it_was_full(self):
+        """Whoever comes next, to take over or to clean up, has the guest go on."""
+        for method in ("backup.attach", "reclaim"):
+            with self.subTest(method):
+                self.boot("virtio-blk")
+                scratch = {"disk_max_bytes": CAP}
+                backup = Backup(self.plugin, self.rig.monitor, scratch=scratch, keep_ms=60000)
+                self.plugin._process.kill()
+                self.plugin._process.wait()
+                written = self.overwrite()
+                with self.assertRaises(queue.Empty):
+                    written.get(timeout=2)
+                self.assertEqual("io-error", self.rig.qmp.command("query-status")["status"])
+                params = {"monitor": self.rig.monitor}
+                with self.rig.plugin() as plugin:
+                    if method == "reclaim":
+                        plugin.call(method, {**params, "backups": [backup.id]}, SECONDS)
+                    else:
+                        plugin.call(method, {**params, "backup": backup.id}, SECONDS)
+                    self.goes_on(written)
+                self.doCleanups()
+
     def test_all_disks_together(self):
         """The largest is given up; the guest does not stand still for it."""
         self.boot("virtio-blk", "virtio-blk")
