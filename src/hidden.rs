@@ -1,7 +1,7 @@
 //! A new image, from its making to its name.
 //!
 //! ```text
-//! hidden file made, claimed --> written by others, closed --> synced --> named
+//! hidden file made, claimed --> written by others, closed --> synced --> named, let go
 //!              \__ its maker dies: removed by the next one made there
 //! ```
 //! It is written beside its place under a hidden name, and gets its own only when it is
@@ -157,14 +157,20 @@ fn remove_if_abandoned(path: &Path) -> io::Result<bool> {
 }
 
 /// Gives an image that is on stable storage its name, unless something has it by now, and
-/// brings the name there too.
+/// brings the name there too. It is `claimed` until then, or the next one made there would
+/// remove it.
 ///
 /// # Errors
 /// [`Kind::TargetExists`], [`Kind::TargetUnwritable`]: the hidden file may be left then, and
 /// nothing at `target` but what [`Error::leftovers`] tells; [`Kind::TargetTimeout`].
-pub(crate) async fn publish(partial: PathBuf, target: PathBuf) -> Result<()> {
+pub(crate) async fn publish(claimed: Durable, partial: PathBuf, target: PathBuf) -> Result<()> {
     let left = format!("file {}: it may come up later", target.display());
-    let named = file_call::within(NAMING_DEADLINE, move || name(&partial, &target)).await;
+    let name = move || {
+        let named = name(&partial, &target);
+        drop(claimed);
+        named
+    };
+    let named = file_call::within(NAMING_DEADLINE, name).await;
     named.map_err(|error| match error.kind() {
         Kind::TargetTimeout => error.leaving(vec![left]),
         _ => error,
@@ -268,7 +274,8 @@ mod tests {
         assert_eq!(folder.path().read_dir().unwrap().count(), 6);
     }
 
-    /// A cleaner that comes between the making of a file and its claim costs nothing.
+    /// A cleaner that comes between the making of a file and its claim costs nothing, nor does
+    /// one that comes before it has its name.
     #[tokio::test]
     async fn makers_and_cleaners_do_not_disturb_each_other() {
         const SOON: Duration = Duration::from_secs(20);
@@ -284,11 +291,14 @@ mod tests {
         let target = folder.path().join("target");
         for id in 0..200 {
             let partial = partial_path(&target, &id.to_string(), SOON).await.unwrap();
-            let (_file, durable) = create(&partial, &target, Format::Qcow2, 1, None, SOON)
+            let (file, durable) = create(&partial, &target, Format::Qcow2, 1, None, SOON)
                 .await
                 .unwrap();
+            drop(file);
             assert!(partial.exists());
-            durable.sync(&CancellationToken::new()).await.unwrap();
+            let durable = durable.sync(&CancellationToken::new()).await.unwrap();
+            publish(durable, partial, target.clone()).await.unwrap();
+            std::fs::remove_file(&target).unwrap();
         }
         stop.cancel();
         cleaner.join().unwrap();

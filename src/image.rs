@@ -63,16 +63,20 @@ impl Durable {
         Ok(Self { file: Some(file) })
     }
 
-    /// Brings the file to stable storage, which may take its time, and closes it.
+    /// Brings the file to stable storage, which may take its time. It stays claimed as long as
+    /// what is returned lives.
     ///
     /// # Errors
     /// [`Kind::TargetUnwritable`]; [`Kind::Cancelled`]: a thread goes on syncing.
-    pub(crate) async fn sync(mut self, cancel: &CancellationToken) -> Result<()> {
+    pub(crate) async fn sync(mut self, cancel: &CancellationToken) -> Result<Self> {
         let doing = "syncing an image";
         let failed = move |error| Error::new(Kind::TargetUnwritable, doing).because(error);
         let file = self.file.take();
         let synced = file_call::unbounded(move || {
-            file.map_or(Ok(()), |file| file.sync_all()).map_err(failed)
+            file.as_ref()
+                .map_or(Ok(()), File::sync_all)
+                .map_err(failed)?;
+            Ok(Self { file })
         });
         tokio::select! {
             biased;
@@ -81,7 +85,7 @@ impl Durable {
         }
     }
 
-    /// Closes the file, which is of no use.
+    /// Closes the file, which is of no more use.
     pub(crate) async fn close(mut self) {
         if let Some(file) = self.file.take() {
             file_call::close(file).await;

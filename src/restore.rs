@@ -238,8 +238,8 @@ impl Restore {
         let named = async {
             written.and(closed).and(stopped)?;
             // Nobody can cancel this.
-            durable.sync(&CancellationToken::new()).await?;
-            hidden::publish(files.partial.clone(), target.path).await
+            let durable = durable.sync(&CancellationToken::new()).await?;
+            hidden::publish(durable, files.partial.clone(), target.path).await
         };
         let named = named.await;
         let leftovers = files.remove().await;

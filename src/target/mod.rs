@@ -127,12 +127,17 @@ impl Opened {
         if let Some(relay) = self.relay {
             let _stays = tokio::time::timeout(GOODBYE, relay).await;
         }
-        if let Some(durable) = self.durable {
-            durable.sync(cancel).await?;
-        }
+        // A server's storage is its own.
+        let Some(durable) = self.durable else {
+            return Ok(());
+        };
+        let durable = durable.sync(cancel).await?;
         match self.new {
-            Some((partial, path)) => hidden::publish(partial, path).await,
-            None => Ok(()),
+            Some((partial, path)) => hidden::publish(durable, partial, path).await,
+            None => {
+                durable.close().await;
+                Ok(())
+            }
         }
     }
 }
