@@ -284,7 +284,7 @@ async fn make(
         go_on(cancel)?;
         let names = Names::new(&stake.id, index);
         // Only then can its guest never meet an error.
-        let reserve = (!breaks && !plan.disk.stops_when_full).then(|| room::most_of(&plan));
+        let reserve = (!breaks && !plan.disk.stops_when_full).then(|| room::all_of(&plan.disk));
         let limits = Limits {
             dir: &wish.dir,
             cap: wish.cap(),

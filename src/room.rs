@@ -6,7 +6,8 @@
 //!
 //! A disk whose device cannot stop its guest on a full disk (NVMe; `werror=report`; a
 //! storage daemon's) would get an I/O error instead where QEMU cannot give up the copy
-//! (below 10.1): for such a disk all the room that it can ever need is taken beforehand.
+//! (below 10.1): for such a disk all the room that it can ever need is taken beforehand, in an
+//! incremental too.
 
 use std::fs::File;
 use std::os::unix::fs::MetadataExt;
@@ -15,6 +16,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Kind, Result};
 use crate::plan::DiskPlan;
+use crate::qemu::discover::Disk;
 use crate::qemu::query::plain_file;
 use crate::saved::SavedScratch;
 
@@ -101,16 +103,25 @@ impl Wish {
     }
 }
 
-/// Most bytes that a disk's scratch can ever take.
+/// Most bytes that are to be read of a disk, as its scratch keeps them. It may take more: what
+/// changes until the instant, and what is copied before it is given back.
 #[must_use]
 pub fn most_of(plan: &DiskPlan) -> u64 {
-    let data = plan
-        .base
-        .as_ref()
-        .map_or(plan.disk.size, |base| base.dirty_bytes.min(plan.disk.size));
+    let size = plan.disk.size;
+    let base = plan.base.as_ref();
+    kept(base.map_or(size, |base| base.dirty_bytes.min(size)), size)
+}
+
+/// Bytes that a disk's scratch can never exceed, whatever is to be read.
+#[must_use]
+pub fn all_of(disk: &Disk) -> u64 {
+    kept(disk.size, disk.size)
+}
+
+/// What `data` of a disk of `size` bytes take in scratch.
+fn kept(data: u64, size: u64) -> u64 {
     // Tables of qcow2: 8 bytes a cluster of 64 KiB, 2 for its count, both in whole clusters.
-    data.saturating_add(plan.disk.size / 4096)
-        .saturating_add(LEAST)
+    data.saturating_add(size / 4096).saturating_add(LEAST)
 }
 
 /// Whether scratch may lie there, and finds room.

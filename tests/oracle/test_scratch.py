@@ -227,6 +227,29 @@ class Scratch(support.Test):
             backup.abort()
             self.unharmed(length="64M")
 
+    def test_an_incremental_of_such_a_device(self):
+        """As much is needed: what did not change is copied too, until it is given back."""
+        self.boot("nvme")
+        base = Backup(self.plugin, self.rig.monitor, checkpoint="monday")
+        base.read_all(self.rig)
+        self.rig.compare(self, base, {"dev0": "disk0"})
+        base.commit()
+        self.guest.run("write disk0 0 1M 5")
+        params = {"monitor": self.rig.monitor, "base": "monday"}
+        with Mounted("tmpfs", 32 * MIB) as folder:
+            scratch = {"dir": folder, "min_free_bytes": 0}
+            data = self.refused("scratch_unavailable", self.plugin, "backup.begin", {**params, "scratch": scratch})
+            self.assertEqual(("dev0", "unchanged"), (data["disk"], data["state_left"]))
+        with Mounted("tmpfs", 80 * MIB) as folder:
+            backup = Backup(self.plugin, **params, scratch={"dir": folder}, keep_unchanged=True)
+            self.assertEqual("incremental", backup.disks["dev0"]["mode"])
+            fill(f"{folder}/theirs")
+            self.assertEqual("", self.overwrite(length="64M").get(timeout=SECONDS))
+            backup.read_all(self.rig)
+            self.rig.compare(self, backup, {"dev0": "disk0"})
+            backup.abort()
+            self.unharmed(length="64M")
+
 
 class ScratchOn72(Scratch):
     qemu = QEMU_7_2
