@@ -98,12 +98,15 @@ impl Opening {
         if version.major < FIRST_WITH_IOTHREADS {
             discover::find_iothreads(qmp, &mut disks).await?;
         }
-        let plans = plan::plan(&disks, &member.wish, time_ms, &new_id)?;
+        let mut plans = plan::plan(&disks, &member.wish, time_ms, &new_id)?;
         refuse_what_hurts(version, &plans)?;
         let schema = Schema::probe(qmp).await?;
         refuse_what_is_lacking(&schema)?;
         let room = room::find(&member.scratch, &plans).await?;
         let breaks = schema.has_argument("blockdev-backup", "on-cbw-error");
+        if !breaks {
+            discover::find_stops(qmp, plans.iter_mut().map(|plan| &mut plan.disk)).await?;
+        }
         let mut teardown = Teardown::default();
         let made = make(&member, plans, breaks, &mut teardown, cancel).await;
         match made {

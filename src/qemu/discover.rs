@@ -7,7 +7,7 @@
 //! a filter of ours: a disk keeps its id while a session is open on it.
 
 use crate::checkpoint::Mark;
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::qemu::layer::{Bitmap, FORMATS, Layer, layers};
 use crate::qemu::query::{self, BlockDevice, BlockNode, plain_file};
 use crate::qemu::{Qmp, iothread, step};
@@ -96,7 +96,8 @@ pub struct Disk {
     /// The id of the iothread that serves it or its controller; several are joined
     /// by commas. Only known after [`find_iothreads`].
     pub iothread: Option<String>,
-    /// Its device stops the guest when there is no room, rather than give it an error.
+    /// Its device stops the guest when there is no room, rather than give it an error. Only
+    /// known after [`find_stops`]: until then it may stop it for reads alone.
     pub stops_when_full: bool,
     /// Of its VM and its id.
     pub owner: Mark,
@@ -158,6 +159,24 @@ pub async fn find_iothreads(qmp: &Qmp, disks: &mut [Disk]) -> Result<()> {
     for disk in disks {
         if let Some(device) = &disk.qdev {
             disk.iothread = iothread::of_device(qmp, device).await?;
+        }
+    }
+    Ok(())
+}
+
+/// Asks which devices stop the guest when there is no room: one question a disk that may.
+///
+/// # Errors
+/// The monitor's.
+pub async fn find_stops(qmp: &Qmp, disks: impl Iterator<Item = &mut Disk>) -> Result<()> {
+    for disk in disks.filter(|disk| disk.stops_when_full) {
+        let Some(device) = &disk.qdev else { continue };
+        let path = query::device_path(device);
+        match query::property(qmp, &path, "werror").await {
+            // QEMU tells an io-status also of one that only stops for reads.
+            Ok(policy) => disk.stops_when_full = policy != "report" && policy != "ignore",
+            Err(error) if error.kind() == Kind::QemuRefused => {}
+            Err(error) => return Err(error),
         }
     }
     Ok(())

@@ -20,11 +20,7 @@ const MAX_BUSES: usize = 8;
 /// # Errors
 /// QEMU's other than "no such object or property"; the monitor's.
 pub(super) async fn of_device(qmp: &Qmp, device: &str) -> Result<Option<String>> {
-    // A bare id may also be that of an iothread or another object.
-    let mut path = match device.starts_with('/') {
-        true => device.to_owned(),
-        false => format!("/machine/peripheral/{device}"),
-    };
+    let mut path = query::device_path(device);
     for _ in 0..MAX_BUSES {
         // What is inside of a device, as a virtio device's backend, has it above.
         for owner in lineage(&path) {

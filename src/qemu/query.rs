@@ -357,6 +357,16 @@ pub async fn block_devices(qmp: &Qmp) -> Result<Vec<BlockDevice>> {
     ask(qmp, "query-block", json!({})).await
 }
 
+/// The path of a device that QEMU tells by its id or path: a bare id may also be that of an
+/// iothread or another object.
+#[must_use]
+pub fn device_path(device: &str) -> String {
+    match device.starts_with('/') {
+        true => device.to_owned(),
+        false => format!("/machine/peripheral/{device}"),
+    }
+}
+
 /// `qom-get`; `path` is best absolute: a bare id may be several objects.
 ///
 /// # Errors

@@ -7,7 +7,7 @@ import threading
 
 from . import support
 from .guest import MIB, Disk, Guest
-from .support import QEMU_7_2, Backup, Rig
+from .support import QEMU, QEMU_7_2, Backup, Rig, Vm, blockdev, make_image
 
 SECONDS = support.SECONDS
 SIZE = 64 * MIB
@@ -302,6 +302,48 @@ class Place(support.Test):
             small = Backup(plugin, self.rig.monitor, scratch={"max_bytes": MIB})
             self.assertEqual(MIB, small.reply["scratch"]["most_bytes"])
             small.abort()
+
+
+class Policies(support.Test):
+    """Devices' policies for errors, those of reads and of writes."""
+
+    # A device, its policies, and whether all the room has to be reserved.
+    disks = (
+        ("virtio-blk-pci", "", False),
+        ("virtio-blk-pci", ",rerror=stop", False),
+        ("virtio-blk-pci", ",rerror=report,werror=stop", False),
+        ("virtio-blk-pci", ",werror=report", True),
+        ("virtio-blk-pci", ",rerror=stop,werror=report", True),
+        ("virtio-blk-pci", ",rerror=stop,werror=ignore", True),
+        ("virtio-blk-pci,id=named", ",rerror=stop,werror=report", True),
+        ("scsi-hd", "", False),
+        ("scsi-hd", ",rerror=stop,werror=report", True),
+        ("ide-hd", "", False),
+        ("ide-hd", ",rerror=stop,werror=ignore", True),
+    )
+
+    def test_a_device_that_stops_for_reads_only(self):
+        places = support.Places()
+        self.addCleanup(places.close)
+        arguments = ["-device", "virtio-scsi-pci"]
+        for number, (device, policies, _) in enumerate(self.disks):
+            image = places.folder / f"d{number}"
+            make_image(image, "qcow2", "8M")
+            arguments += ["-blockdev", blockdev(image.name, image, "qcow2")]
+            arguments += ["-device", f"{device},drive={image.name}{policies}"]
+        for qemu in (QEMU, QEMU_7_2):
+            with Rig(Vm(arguments, qemu)) as rig, rig.plugin() as plugin:
+                for number, (device, policies, is_reserved) in enumerate(self.disks):
+                    disk = "named" if device.endswith("named") else f"d{number}"
+                    # Less than could be reserved.
+                    params = {"disks": [{"disk": disk}], "scratch": {"disk_max_bytes": MIB}}
+                    with self.subTest(qemu=qemu, device=device, policies=policies):
+                        if is_reserved:
+                            params["monitor"] = rig.monitor
+                            self.refused("scratch_unavailable", plugin, "backup.begin", params)
+                        else:
+                            Backup(plugin, rig.monitor, **params).abort()
+                self.assertEqual([], support.ours(rig.qmp))
 
 
 class Mounted:
