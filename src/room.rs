@@ -135,7 +135,9 @@ pub(crate) async fn find(wish: &Wish, plans: &[DiskPlan]) -> Result<Room> {
                 .because(format!("the least is {LEAST} bytes for a disk")),
         );
     }
-    let most: u64 = plans.iter().map(most_of).fold(0, u64::saturating_add);
+    let each = wish.disk_max_bytes.unwrap_or(u64::MAX);
+    let most = plans.iter().map(|plan| most_of(plan).min(each));
+    let most = most.fold(0, u64::saturating_add);
     let most_bytes = wish.max_bytes.map_or(most, |max| most.min(max));
     let asked_bytes = wish.min_free_bytes.unwrap_or(most_bytes / SHARE);
     let images = plans

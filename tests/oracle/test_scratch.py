@@ -299,9 +299,11 @@ class Place(support.Test):
             self.assertGreater(room["most_bytes"], 8 * MIB)
             self.assertGreater(room["free_bytes"], room["asked_bytes"])
             backup.abort()
-            small = Backup(plugin, self.rig.monitor, scratch={"max_bytes": MIB})
-            self.assertEqual(MIB, small.reply["scratch"]["most_bytes"])
-            small.abort()
+            for limit in ("max_bytes", "disk_max_bytes"):
+                small = Backup(plugin, self.rig.monitor, scratch={limit: MIB})
+                room = small.reply["scratch"]
+                self.assertEqual((MIB, MIB // 8), (room["most_bytes"], room["asked_bytes"]), limit)
+                small.abort()
 
 
 class Policies(support.Test):
