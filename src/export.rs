@@ -114,6 +114,7 @@ pub(crate) async fn open(view: &View, runtime_dir: &Path) -> Result<Gate> {
     let listener = UnixListener::bind(&socket).map_err(|error| {
         Error::new(Kind::ScratchUnavailable, "making a socket for an export").because(error)
     })?;
+    server::close_to_others(&socket).await?;
     let end = CancellationToken::new();
     let (guests, coming) = mpsc::channel(1);
     let house = House {

@@ -14,7 +14,7 @@ use tokio::net::{UnixListener, UnixStream};
 
 use crate::error::{Error, Kind, Result};
 use crate::qemu::Qmp;
-use crate::server::{pass_fd, private_dir, text};
+use crate::server::{close_to_others, pass_fd, private_dir, text};
 use crate::teardown::{Teardown, Undo};
 
 /// Where QEMU shall connect.
@@ -71,6 +71,7 @@ impl Offer {
         teardown.push(Undo::Directory(dir.clone()));
         let path = dir.join("push.sock");
         let listener = UnixListener::bind(&path).map_err(unusable)?;
+        close_to_others(&path).await?;
         Ok(Self {
             server: json!({"type": "unix", "path": text(&path)?}),
             door: Door::Listening(listener),

@@ -23,7 +23,7 @@ use crate::file_call;
 use crate::hidden;
 use crate::image::{Durable, Format, unwritable};
 use crate::nbd::{Address, Client, Ticket};
-use crate::server::text;
+use crate::server::{self, text};
 use crate::session::random_id;
 use crate::storage_daemon::StorageDaemon;
 
@@ -279,6 +279,7 @@ async fn open_image(
     let address = json!({"type": "unix", "data": {"path": text(socket)?}});
     qmp.execute_raw("nbd-server-start", json!({"addr": address}))
         .await?;
+    server::close_anothers(socket).await;
     let export = json!({"type": "nbd", "id": "image", "node-name": "image", "name": "image", "writable": true});
     qmp.execute_raw("block-export-add", export).await?;
     Client::connect(

@@ -6,15 +6,20 @@
 //! QEMU, which may run as another user, needs no right to the directory; elsewhere QEMU
 //! binds the path.
 
+use std::fs::Permissions;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde_json::json;
 use tokio::sync::Mutex;
+use tracing::debug;
 
 use crate::error::{Error, Kind, Result};
+use crate::file_call;
 use crate::nbd::Address;
 use crate::qemu::step::PREFIX;
 use crate::qemu::{Qmp, query};
@@ -25,6 +30,9 @@ use crate::teardown::{Teardown, Undo};
 /// Connections that QEMU's server takes at a time; a surplus one would wait without a
 /// word. Each disk needs three, and a client of an export as many as it likes.
 const CONNECTIONS: usize = 1024;
+
+/// How long a file system gets to close a socket to others.
+const SOCKET_DEADLINE: Duration = Duration::from_secs(10);
 
 /// The socket's name in its directory.
 pub(crate) const SOCKET: &str = "nbd.sock";
@@ -167,6 +175,7 @@ async fn start(qmp: &Qmp, path: &Path) -> Result<()> {
     let dir = path.parent().unwrap_or(path);
     let address = if qmp.can_pass_fds() {
         let listener = UnixListener::bind(path).map_err(|error| unusable(dir, error))?;
+        close_to_others(path).await?;
         let name = pass_fd(qmp, listener.as_fd()).await?;
         json!({"type": "fd", "data": {"str": name}})
     } else {
@@ -174,7 +183,10 @@ async fn start(qmp: &Qmp, path: &Path) -> Result<()> {
     };
     let start = json!({"addr": address, "max-connections": CONNECTIONS});
     match qmp.execute_raw("nbd-server-start", start).await {
-        Ok(_) => Ok(()),
+        Ok(_) => {
+            close_anothers(path).await;
+            Ok(())
+        }
         // QEMU has no query for its server; its refusal is all there is to see.
         Err(error)
             if error.kind() == Kind::QemuRefused && error.chain().contains("already running") =>
@@ -237,6 +249,31 @@ pub(crate) async fn stop_old(qmp: &Qmp, socket: &Path) -> Result<()> {
 
 fn is_listening(socket: &Path) -> bool {
     std::os::unix::net::UnixStream::connect(socket).is_ok()
+}
+
+/// Has only this process's user connect to a socket of ours, whatever the umask is.
+///
+/// # Errors
+/// [`Kind::ScratchUnavailable`].
+pub(crate) async fn close_to_others(socket: &Path) -> Result<()> {
+    let path = socket.to_owned();
+    let close = move || {
+        std::fs::set_permissions(&path, Permissions::from_mode(0o600))
+            .map_err(|error| Error::new(Kind::Internal, "calling a file system").because(error))
+    };
+    let closed = file_call::within(SOCKET_DEADLINE, close).await;
+    closed.map_err(|error| {
+        let doing = format!("closing {} to others", socket.display());
+        Error::new(Kind::ScratchUnavailable, doing).because(error)
+    })
+}
+
+/// The same for one that another process has bound, where we may: its user may be another one,
+/// and its directory is closed to others anyway.
+pub(crate) async fn close_anothers(socket: &Path) {
+    if let Err(error) = close_to_others(socket).await {
+        debug!(error = error.chain(), "only its directory guards a socket");
+    }
 }
 
 /// Passes a descriptor to QEMU: its name there, for the next command that takes it.

@@ -72,6 +72,7 @@ class Others(Pushes):
             found = entry.lstat()
             self.assertEqual(os.geteuid(), found.st_uid, entry)
             if stat.S_ISSOCK(found.st_mode):
+                self.assertEqual(stat.S_IFSOCK | 0o600, found.st_mode, entry)
                 command = ["/usr/bin/python3", "-c", CONNECT, str(entry)]
             else:
                 self.assertEqual(stat.S_IFDIR | 0o700, found.st_mode, entry)
