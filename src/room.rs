@@ -9,7 +9,7 @@
 //! (below 10.1): for such a disk all the room that it can ever need is taken beforehand, in an
 //! incremental too.
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -186,12 +186,7 @@ fn look(dir: &Path, images: Vec<PathBuf>) -> Result<u64> {
         return Err(unfit(dir, "it holds the nodes of devices"));
     }
     for image in images {
-        let beside = image
-            .parent()
-            .and_then(|above| std::fs::metadata(above).ok());
-        let is_beside =
-            beside.is_some_and(|above| (above.dev(), above.ino()) == (there.dev(), there.ino()));
-        if is_beside {
+        if is_beside(&image, dir, &there) {
             let why = format!(
                 "the image {} lies there too: name it in the request if that is meant",
                 image.display()
@@ -201,6 +196,25 @@ fn look(dir: &Path, images: Vec<PathBuf>) -> Result<u64> {
     }
     let system = rustix::fs::statvfs(dir).map_err(|error| unusable(error.into()))?;
     Ok(system.f_bavail.saturating_mul(system.f_frsize))
+}
+
+/// Whether an image lies in the directory `dir`, which is `there`: by its name, or as the file
+/// that this leads to.
+fn is_beside(image: &Path, dir: &Path, there: &Metadata) -> bool {
+    let Some(name) = image.file_name() else {
+        return false;
+    };
+    if image.is_relative() {
+        // To a directory that only QEMU knows: a file of this name here may well be it. What is
+        // no file has a colon in its name, as `nbd://` has.
+        let is_file = !image.to_string_lossy().contains(':');
+        return is_file && dir.join(name).symlink_metadata().is_ok();
+    }
+    let real = image.canonicalize().ok();
+    [Some(image), real.as_deref()]
+        .into_iter()
+        .filter_map(|path| std::fs::metadata(path?.parent()?).ok())
+        .any(|above| (above.dev(), above.ino()) == (there.dev(), there.ino()))
 }
 
 /// Takes all that a disk's scratch can ever need, so that it is never full.

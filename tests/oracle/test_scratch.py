@@ -7,7 +7,7 @@ import threading
 
 from . import support
 from .guest import MIB, Disk, Guest
-from .support import QEMU, QEMU_7_2, Backup, Rig, Vm, blockdev, make_image
+from .support import QEMU, QEMU_7_2, Backup, Rig, Vm, blockdev, make_image, virtio
 
 SECONDS = support.SECONDS
 SIZE = 64 * MIB
@@ -281,6 +281,23 @@ class Place(support.Test):
         with support.Plugin(command, "framed") as plugin:
             self.refuse(plugin)
             Backup(plugin, self.rig.monitor, scratch={"dir": self.beside}).abort()
+
+    def test_never_beside_an_image_that_is_named_otherwise(self):
+        """By a path that is relative to QEMU's directory, or through links."""
+        folder = self.places.folder
+        make_image(f"{self.beside}/b.img", "qcow2", "8M")
+        (folder / "folder").symlink_to(self.beside)
+        (folder / "link.img").symlink_to(f"{self.beside}/b.img")
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(self.beside)
+        for image in ("b.img", "../images/b.img", folder / "folder" / "b.img", folder / "link.img"):
+            with self.subTest(image), Rig(Vm(virtio("b", image))) as self.rig:
+                command = [support.PLUGIN, "--runtime-dir", str(self.rig.runtime), "--scratch-dir"]
+                for beside in (self.beside, str(folder / "folder")):
+                    with support.Plugin([*command, beside], "framed") as plugin:
+                        self.refuse(plugin)
+                with self.rig.plugin() as plugin:
+                    Backup(plugin, self.rig.monitor).abort()
 
     def test_never_beside_the_nodes_of_devices(self):
         with self.rig.plugin() as plugin:
