@@ -9,7 +9,11 @@
 use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::sync::Mutex;
 
 use crate::error::{Error, Kind, Result};
 
@@ -38,14 +42,62 @@ pub(crate) async fn within<T: Send + 'static>(
     call: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let called = tokio::time::timeout(deadline, unbounded(call)).await;
-    called.unwrap_or_else(|_elapsed| {
-        Err(
-            Error::new(Kind::TargetTimeout, "calling a file system").because(format!(
-                "it hangs: no answer for {} s",
-                deadline.as_secs_f32()
-            )),
-        )
-    })
+    called.unwrap_or_else(|_elapsed| Err(hangs(deadline)))
+}
+
+/// An open file whose calls are made one at a time, so that one which hangs takes one thread.
+#[derive(Debug)]
+pub struct Held {
+    /// `None` once it is closed.
+    file: Option<Arc<Mutex<File>>>,
+}
+
+impl Held {
+    pub(crate) fn new(file: File) -> Self {
+        Self {
+            file: Some(Arc::new(Mutex::new(file))),
+        }
+    }
+
+    /// What `call` returns within `deadline`.
+    ///
+    /// # Errors
+    /// The call's; [`Kind::TargetTimeout`], also where an earlier one hangs: it goes on then.
+    pub(crate) async fn call<T: Send + 'static>(
+        &self,
+        deadline: Duration,
+        call: impl FnOnce(&File) -> io::Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let Some(file) = self.file.clone() else {
+            return Err(Error::new(Kind::Internal, "calling a file that is closed"));
+        };
+        let called = async {
+            let file = file.lock_owned().await;
+            unbounded(move || call(&file).map_err(failed)).await
+        };
+        let called = tokio::time::timeout(deadline, called).await;
+        called.unwrap_or_else(|_elapsed| Err(hangs(deadline)))
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        // Closing is a call like any other: not for this thread.
+        if let (Some(file), Ok(runtime)) = (self.file.take(), Handle::try_current()) {
+            runtime.spawn_blocking(move || drop(file));
+        }
+    }
+}
+
+fn failed(error: io::Error) -> Error {
+    Error::new(Kind::Internal, "calling a file system").because(error)
+}
+
+fn hangs(deadline: Duration) -> Error {
+    Error::new(Kind::TargetTimeout, "calling a file system").because(format!(
+        "it hangs: no answer for {} s",
+        deadline.as_secs_f32()
+    ))
 }
 
 /// Removes what is at `path` with `remove`, if there is anything.

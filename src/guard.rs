@@ -287,7 +287,7 @@ impl Guard {
                 .because(error)
                 .on_disk(view.disk())
         })?;
-        view.empty_scratch();
+        view.empty_scratch().await;
         self.gave_up = Some(Instant::now());
         Ok(())
     }

@@ -27,7 +27,7 @@ const SHARE: u64 = 8;
 pub const LEAST: u64 = 1024 * 1024;
 
 /// How long a file system gets to answer.
-const DEADLINE: Duration = Duration::from_secs(10);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// What to do when there is no room left.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

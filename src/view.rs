@@ -249,8 +249,8 @@ impl View {
     }
 
     /// Frees the room of scratch that nobody needs any more.
-    pub(crate) fn empty_scratch(&self) {
-        self.scratch.empty();
+    pub(crate) async fn empty_scratch(&self) {
+        self.scratch.empty().await;
     }
 
     fn scratch_full(&self) -> Option<Error> {

@@ -4,10 +4,12 @@ import os
 import queue
 import subprocess
 import threading
+import time
 
 from . import support
 from .guest import MIB, Disk, Guest
-from .support import QEMU, QEMU_7_2, Backup, Rig, Vm, blockdev, make_image, virtio
+from .strace import traced
+from .support import QEMU, QEMU_7_2, Backup, PluginError, Relay, Rig, Vm, blockdev, make_image, virtio
 
 SECONDS = support.SECONDS
 SIZE = 64 * MIB
@@ -304,6 +306,26 @@ class Place(support.Test):
             self.assertNotEqual(os.stat("/").st_dev, os.stat("/dev").st_dev)
             self.refuse(plugin, dir="/dev")
             self.refuse(plugin, dir="/dev/null")
+
+    def test_a_file_system_that_hangs(self):
+        """It has room, and hangs when a file is made there: the plugin goes on with all else."""
+        # For longer than it gets.
+        hang = ["-e", "trace=ftruncate", "-e", "inject=ftruncate:delay_enter=13000000"]
+        relay = Relay(self.rig.monitor.removeprefix("unix:"))
+        self.addCleanup(relay.close)
+        for monitor in (self.rig.monitor, relay.address):
+            command = traced(self.rig.command(), self.places.folder / "calls", *hang)
+            with self.subTest(monitor), support.Plugin(command, "framed") as plugin:
+                future = plugin.start("backup.begin", {"monitor": monitor})
+                while not future.done():
+                    began = time.monotonic()
+                    plugin.call("ping", {}, SECONDS)
+                    self.assertLess(time.monotonic() - began, 3)
+                with self.assertRaises(PluginError) as caught:
+                    future.result(SECONDS)
+                self.assertEqual("scratch_unavailable", caught.exception.code)
+                self.assertEqual([], support.ours(self.rig.qmp))
+                self.assertEqual([], self.rig.files())
 
     def test_there_must_be_room(self):
         with self.rig.plugin() as plugin:
