@@ -12,6 +12,7 @@
 //! target that reads as zeros, what the view has data for: QEMU would write the zeros, and
 //! a raw file would take room for them.
 
+mod flush;
 mod job_events;
 mod watch;
 
@@ -25,7 +26,6 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::claim::Claim;
-use crate::entry;
 use crate::error::{Error, Kind, Result};
 use crate::extent::Content;
 use crate::flow::Flow;
@@ -336,52 +336,6 @@ impl Run<'_> {
         }
         walk.close().await;
         canvas.finish().await
-    }
-
-    /// Brings what was written to the target's stable storage. QEMU flushes a node when it
-    /// closes it, and tells nobody when that fails: so through an export of it.
-    async fn flush(&mut self, opened: &Opened) -> Result<()> {
-        self.export().await?;
-        let (address, name) = (self.view.address(), self.view.names().target());
-        let timeout = self.timeout();
-        let turn = tokio::select! {
-            biased;
-            () = self.cancel.cancelled() => return Err(cancelled()),
-            turn = self.qmp.turn() => turn,
-        };
-        let flushed = async {
-            let client = entry::connect(&turn, address, &name, None, timeout).await?;
-            drop(turn);
-            let flushed = match client.submit_flush().await {
-                Ok(ticket) => ticket.await,
-                Err(error) => Err(error),
-            };
-            client.close().await;
-            flushed
-        };
-        let flushed = tokio::select! {
-            biased;
-            () = self.cancel.cancelled() => return Err(cancelled()),
-            flushed = tokio::time::timeout(timeout, flushed) => flushed,
-        };
-        match flushed {
-            Ok(Ok(())) => Ok(()),
-            Ok(Err(error)) if matches!(error.kind(), Kind::NbdTimeout | Kind::QemuTimeout) => {
-                Err(self.stalled(timeout))
-            }
-            Ok(Err(error)) => {
-                let kind = if error.chain().contains("ENOSPC") {
-                    Kind::TargetUnwritable
-                } else {
-                    Kind::TargetFailed
-                };
-                Err(Error::new(kind, "flushing the target").because(error))
-            }
-            Err(_elapsed) => {
-                opened.cut();
-                Err(self.stalled(timeout))
-            }
-        }
     }
 
     /// Exports the target to ourselves, to be written.

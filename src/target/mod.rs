@@ -96,6 +96,11 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
+    /// Whether it is a file, or a device, of this machine.
+    pub(crate) fn is_file(&self) -> bool {
+        self.durable.is_some()
+    }
+
     /// Lets go of a server that hangs: QEMU's requests to it fail from here on.
     pub(crate) fn cut(&self) {
         if let Some(relay) = &self.relay {

@@ -1,11 +1,13 @@
 """What a push asks of file systems, in which order; and those that hang, or cannot do it."""
 
 import os
+import pathlib
 import re
 import subprocess
+import time
 
 from . import support
-from .guest import MIB
+from .guest import MIB, die_with_parent
 from .life import BASE
 from .pushes import SOON, TIMEOUT, Pushes
 from .strace import TRACE, calls, traced
@@ -102,6 +104,41 @@ class Storage(Pushes):
             self.within(SOON, plugin.call, "cancel", {"id": request}, support.SECONDS)
             self.within(SOON, self.failed, "cancelled", future)
             self.assertEqual([], self.listing())
+
+    # --- that QEMU waits for ----------------------------------------------------------
+
+    def slow_sync(self, path, seconds):
+        """QEMU's syncs of a file take so long from here on: where they are written down."""
+        log, pid = self.places.folder / "syncs", self.rig.machine.process.pid
+        delay = f"inject=fdatasync:delay_enter={seconds * 1_000_000}"
+        fault = ["-e", "trace=fdatasync", "-P", str(path), "-e", delay]
+        strace = subprocess.Popen(traced(["-p", str(pid)], log, *fault), preexec_fn=die_with_parent)
+        self.addCleanup(strace.wait, support.SECONDS)
+        self.addCleanup(strace.terminate)
+        threads = pathlib.Path(f"/proc/{pid}/task")
+        until(lambda: all("TracerPid:\t0\n" not in each.read_text() for each in threads.glob("*/status")))
+        return log
+
+    def test_qemus_sync_takes_as_long_as_it_needs(self):
+        path = self.raw()
+        log = self.slow_sync(path, 3)
+        with self.opened() as backup:
+            self.pushed(backup, self.existing(path), timeout_ms=1000)
+            self.equal(path)
+        self.assertIn("(DELAYED)", log.read_text())
+
+    def test_cancel_while_qemu_syncs(self):
+        path = self.raw()
+        log = self.slow_sync(path, 3)
+        with self.opened() as backup:
+            request = backup.plugin._next_id
+            future = self.push(backup, self.existing(path), timeout_ms=1000)
+            until(lambda: "fdatasync(" in log.read_text() or future.done())
+            # Longer than a target is borne.
+            time.sleep(1.5)
+            self.within(1, backup.plugin.call, "ping", {}, support.SECONDS)
+            self.within(1, backup.plugin.call, "cancel", {"id": request}, support.SECONDS)
+            self.within(3 + SOON, self.failed, "cancelled", future)
 
     # --- that hang --------------------------------------------------------------------
 
