@@ -1,5 +1,6 @@
 //! `backup.push`: QEMU writes a disk to the host's target, or to us for the host.
 
+use std::convert::Infallible;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -103,15 +104,11 @@ impl Teller {
         push: impl Future<Output = qemu_fleece_engine::Result<u64>>,
         mode: Mode,
     ) -> Result<PushResult, WireError> {
-        tokio::pin!(push);
-        let mut tick = tokio::time::interval(PROGRESS_EVERY);
-        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let pushed = loop {
-            tokio::select! {
-                biased;
-                pushed = &mut push => break pushed,
-                _ = tick.tick() => self.tell().await,
-            }
+        // Beside the push, which goes on while QEMU does not tell.
+        let pushed = tokio::select! {
+            biased;
+            pushed = push => pushed,
+            never = self.keep_telling() => match never {},
         };
         self.tell().await;
         self.view.remember().await;
@@ -123,6 +120,15 @@ impl Teller {
             duration_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             digest: None,
         })
+    }
+
+    async fn keep_telling(&mut self) -> Infallible {
+        let mut tick = tokio::time::interval(PROGRESS_EVERY);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tick.tick().await;
+            self.tell().await;
+        }
     }
 
     async fn tell(&mut self) {

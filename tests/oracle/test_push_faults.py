@@ -120,6 +120,25 @@ class Faults(Pushes):
             self.failed("target_timeout", future)
             self.answers()
 
+    def test_hung_and_stopped_in_an_attached_backup(self):
+        """Only QEMU knows how much scratch there is then, and it does not answer."""
+        wire = Wire(self.rig.command())
+        self.addCleanup(wire.close)
+        begun = wire.call("backup.begin", {"monitor": self.rig.monitor, "keep_ms": 600_000})
+        wire.process.kill()
+        wire.close()
+        server = self.slow()
+        with self.rig.plugin() as plugin:
+            params = {"monitor": self.rig.monitor, "backup": begun["backup"]}
+            backup = Backup.of(plugin, plugin.call("backup.attach", params, support.SECONDS))
+            future = self.start(backup, server)
+            server.suspend()
+            self.within(TIMEOUT / 1000 + SOON, self.rig.qmp.command, "stop")
+            self.failed("target_timeout", future)
+            self.answers()
+            self.assertEqual({"leftovers": []}, backup.abort())
+        self.unharmed()
+
     def test_hung_at_the_flush(self):
         image = self.raw()
         server = self.nbdkit(plugin=scripts(image, flush="exec sleep 100"), image=image)
