@@ -7,6 +7,8 @@
 //! asked and the answer not taken: so they never reach QEMU's server, which has more than
 //! theirs, and waits for such a client at its next drain.
 
+use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -21,7 +23,7 @@ use crate::error::{Error, Kind, Result};
 use crate::nbd::doorman::{self, Porter};
 use crate::nbd::{Address, courier};
 use crate::qemu::{query, step};
-use crate::relay::{Hangup, Socket, Stream};
+use crate::relay::{Hangup, Socket, SocketId, Stream};
 use crate::server;
 use crate::view::View;
 
@@ -51,6 +53,8 @@ pub(crate) struct Gate {
     dir: PathBuf,
     /// Clients whose connection the host hands in.
     guests: mpsc::Sender<Guest>,
+    /// Those that came in so.
+    admitted: BTreeSet<SocketId>,
     end: CancellationToken,
     task: tokio::task::JoinHandle<()>,
 }
@@ -62,10 +66,15 @@ impl Gate {
         &self.exported
     }
 
-    /// Lets in a client at the other end of `socket`, which ends with the gate.
-    pub(crate) async fn admit(&self, socket: Socket) -> Result<()> {
-        let broken = |error| Error::new(Kind::Internal, "taking over a socket").because(error);
-        let guest = socket.open().map_err(broken)?;
+    /// Lets in a client at the other end of `socket`, which ends with the gate. One that is
+    /// in stays so.
+    pub(crate) async fn admit(&mut self, socket: Socket) -> Result<()> {
+        let id = socket.id();
+        if self.admitted.contains(&id) && socket.is_open() {
+            return Ok(());
+        }
+        let guest = socket.open().map_err(not_taken_over)?;
+        self.admitted.insert(id);
         let sent = self.guests.send(guest).await;
         sent.map_err(|_closed| Error::new(Kind::Cancelled, "letting a client in"))
     }
@@ -78,6 +87,15 @@ impl Gate {
             warn!(dir = %self.dir.display(), %error, "could not remove a directory");
         }
     }
+}
+
+/// Why a socket of the host's was not opened.
+pub(crate) fn not_taken_over(error: std::io::Error) -> Error {
+    let kind = match error.kind() {
+        ErrorKind::ResourceBusy => Kind::InvalidRequest,
+        _ => Kind::Internal,
+    };
+    Error::new(kind, "taking over a socket").because(error)
 }
 
 /// Exports `view` in QEMU under the disk's id, and opens a gate to it below `runtime_dir`.
@@ -131,6 +149,7 @@ pub(crate) async fn open(view: &View, runtime_dir: &Path) -> Result<Gate> {
         },
         dir,
         guests,
+        admitted: BTreeSet::new(),
         end,
         task,
     })

@@ -4,8 +4,10 @@
 //! guest waits too. So no such peer has a socket of QEMU's: we stand between, and let go
 //! of QEMU when the peer hangs. Nothing is kept here but one buffer a direction.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::net::{AddressFamily, SocketType};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -18,11 +20,18 @@ const BUFFER: usize = 256 * 1024;
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
+/// The sockets that are open, of the whole process: a descriptor may come twice.
+static OPEN: Mutex<BTreeSet<SocketId>> = Mutex::new(BTreeSet::new());
+
+/// What all descriptors of one socket have in common.
+pub(crate) type SocketId = (u64, u64);
+
 /// A connected socket that came from elsewhere, and is the host's until it is opened.
 #[derive(Debug)]
 pub struct Socket {
     fd: OwnedFd,
     is_unix: bool,
+    id: SocketId,
 }
 
 impl Socket {
@@ -40,15 +49,36 @@ impl Socket {
         if !is_unix && family != AddressFamily::INET && family != AddressFamily::INET6 {
             return Err(io::Error::other("it is no unix or TCP socket"));
         }
-        Ok(Self { fd, is_unix })
+        let stat = rustix::fs::fstat(&fd)?;
+        let id = (stat.st_dev, stat.st_ino);
+        Ok(Self { fd, is_unix, id })
+    }
+
+    pub(crate) fn id(&self) -> SocketId {
+        self.id
+    }
+
+    /// Whether it is open already, by another descriptor.
+    pub(crate) fn is_open(&self) -> bool {
+        open_sockets().contains(&self.id)
+    }
+
+    /// # Errors
+    /// As [`Socket::open`] where it is open already.
+    pub(crate) fn check_closed(&self) -> io::Result<()> {
+        if self.is_open() { Err(busy()) } else { Ok(()) }
     }
 
     /// Takes it over: from here on it ends with what hangs it up.
     ///
     /// # Errors
-    /// The system's.
+    /// [`io::ErrorKind::ResourceBusy`] where it is open already; the system's.
     pub fn open(self) -> io::Result<(Box<dyn Stream>, Hangup)> {
-        let hangup = Hangup(self.fd.try_clone()?);
+        let fd = self.fd.try_clone()?;
+        if !open_sockets().insert(self.id) {
+            return Err(busy());
+        }
+        let hangup = Hangup { fd, id: self.id };
         rustix::io::ioctl_fionbio(&self.fd, true)?;
         let stream: Box<dyn Stream> = if self.is_unix {
             Box::new(UnixStream::from_std(self.fd.into())?)
@@ -61,13 +91,28 @@ impl Socket {
 
 /// Hangs up when it goes: others may have descriptors of the socket, which keep it open.
 #[derive(Debug)]
-pub struct Hangup(OwnedFd);
+pub struct Hangup {
+    fd: OwnedFd,
+    id: SocketId,
+}
 
 impl Drop for Hangup {
     fn drop(&mut self) {
         // It fails where the other side has hung up.
-        let _ended = rustix::net::shutdown(&self.0, rustix::net::Shutdown::Both);
+        let _ended = rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both);
+        open_sockets().remove(&self.id);
     }
+}
+
+fn busy() -> io::Error {
+    io::Error::new(
+        io::ErrorKind::ResourceBusy,
+        "another push or export uses it",
+    )
+}
+
+fn open_sockets() -> MutexGuard<'static, BTreeSet<SocketId>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Carries bytes between QEMU and `peer` until both have ended, or one broke.
@@ -134,6 +179,24 @@ mod tests {
         let error = io::Write::write_all(&mut &theirs, b"gone").unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
         assert_eq!(io::Read::read(&mut ours, &mut heard).unwrap(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_socket_is_opened_once_at_a_time() {
+        let (mut ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let copy = || Socket::check(theirs.try_clone().unwrap().into()).unwrap();
+        let (mut first, hangup) = copy().open().unwrap();
+        assert!(copy().is_open());
+        let again = copy().open().err().unwrap();
+        assert_eq!(again.kind(), io::ErrorKind::ResourceBusy);
+        // Which did it no harm.
+        first.write_all(b"still here").await.unwrap();
+        let mut heard = [0; 10];
+        io::Read::read_exact(&mut ours, &mut heard).unwrap();
+        assert_eq!(&heard, b"still here");
+        drop((first, hangup));
+        assert!(!copy().is_open());
+        copy().open().unwrap();
     }
 
     #[test]

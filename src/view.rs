@@ -471,7 +471,8 @@ impl View {
     ///
     /// # Errors
     /// [`Kind::StreamActive`] while a push works on it; [`Kind::OffsetReleased`];
-    /// [`Kind::QemuUnsupported`] where this QEMU would answer them wrongly; QEMU's; NBD's.
+    /// [`Kind::QemuUnsupported`] where this QEMU would answer them wrongly;
+    /// [`Kind::InvalidRequest`] where `client` has another use by now; QEMU's; NBD's.
     /// `client` is as it was then.
     pub async fn export(&self, runtime_dir: &Path, client: Option<Socket>) -> Result<Exported> {
         if let Some(error) = self.scratch_full() {
@@ -480,7 +481,11 @@ impl View {
         let mut gate = self.gate.lock().await;
         let open = match gate.take() {
             Some(open) => open,
-            None => self.open_gate(runtime_dir).await?,
+            None => {
+                let free = client.as_ref().map_or(Ok(()), Socket::check_closed);
+                free.map_err(|error| self.here(export::not_taken_over(error)))?;
+                self.open_gate(runtime_dir).await?
+            }
         };
         let open = gate.insert(open);
         if let Some(client) = client {

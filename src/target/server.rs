@@ -8,6 +8,7 @@
 //! with all patience, and then tell QEMU what we have found. Of TLS we know nothing: what
 //! follows on it is between QEMU and the server, and gets little time.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -134,7 +135,12 @@ impl Opening<'_> {
         let unreachable = || Error::new(Kind::TargetUnreachable, "connecting to the target");
         let agreed = async {
             let connected = connect(server).await;
-            let (mut stream, hangup) = connected.map_err(|error| unreachable().because(error))?;
+            let (mut stream, hangup) = connected.map_err(|error| match error.kind() {
+                ErrorKind::ResourceBusy => {
+                    Error::new(Kind::TargetRefused, "connecting to the target").because(error)
+                }
+                _ => unreachable().because(error),
+            })?;
             let agreed = if tls {
                 start_tls(&mut stream).await.map(|()| Agreed::Tls)
             } else {

@@ -645,6 +645,30 @@ class Sockets(Machine):
         with Nbd(ours, "dev-a") as client:
             self.assertEqual(b"\1" * 512, client.read(0, 512))
 
+    def test_a_socket_has_one_use_at_a_time(self):
+        """Who has it hears nothing of those who ask for it again."""
+        ours, theirs = socket.socketpair()
+        fd = f"fd:{theirs.fileno()}"
+        wire = Wire(self.rig.command(), pass_fds=[theirs.fileno()])
+        self.addCleanup(wire.close)
+        backup = wire.call("backup.begin", {"monitor": self.rig.monitor})["backup"]
+        params = {"backup": backup, "disk": "dev-a", "socket": fd}
+        export = wire.call("backup.export", params)
+
+        def refused(code, method, **other):
+            error = wire.reply(wire.send(method, {"backup": backup, "disk": "dev-b", **other}))["error"]["data"]
+            self.assertEqual((code, "backup_open"), (error["code"], error["state_left"]))
+
+        with Nbd(ours, export["export"]) as client:
+            self.assertEqual(export, wire.call("backup.export", params))
+            self.assertEqual(b"\1" * 512, client.read(0, 512))
+            refused("invalid_params", "backup.export", socket=fd)
+            refused("target_refused", "backup.push", target={"kind": "nbd", "address": fd})
+            self.assertEqual(b"\1" * 512, client.read(0, 512))
+        # Nor is anything of the other disk's exported.
+        names = [each["id"] for each in self.rig.qmp.command("query-block-exports")]
+        self.assertEqual(1, len([name for name in names if name.endswith("-x")]), names)
+
     def test_what_is_no_socket(self):
         with open(self.places.folder / "a", "rb") as file:
             wire = Wire(self.rig.command(), pass_fds=[file.fileno()])
