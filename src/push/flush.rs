@@ -39,8 +39,10 @@ impl Run<'_> {
         };
         let kind = match error.kind() {
             Kind::NbdTimeout | Kind::QemuTimeout => return Err(self.stalled(entry)),
-            _ if error.chain().contains("ENOSPC") => Kind::TargetUnwritable,
-            _ => Kind::TargetFailed,
+            Kind::NbdRefused if error.chain().contains("ENOSPC") => Kind::TargetUnwritable,
+            Kind::NbdRefused => Kind::TargetFailed,
+            // QEMU's, and not the target's.
+            _ => return Err(error),
         };
         Err(Error::new(kind, "flushing the target").because(error))
     }

@@ -221,6 +221,20 @@ class Faults(Pushes):
         self.assertEqual([], self.listing())
         self.assertEqual([], self.rig.files())
 
+    def test_qemu_is_killed_while_it_flushes(self):
+        """Which is no fault of the target's."""
+        image = self.raw()
+        server = self.nbdkit(plugin=scripts(image, flush="exec sleep 100"), image=image)
+        with self.rig.plugin() as plugin:
+            backup = Backup(plugin, self.rig.monitor, checkpoint="never")
+            future = self.push(backup, server.target(), timeout_ms=60000)
+            until(lambda: any(each.name == "Flush" for each in server.requests()) or future.done())
+            self.kill()
+            error = future.exception(support.SECONDS)
+            self.assertIn(error.code, ("monitor_closed", "point_in_time_lost"), error)
+            backup.abort()
+        self.assertEqual([], self.rig.files())
+
     # --- no more wanted ---------------------------------------------------------------
 
     def cancel(self, backup, future, request):
