@@ -25,6 +25,7 @@ use crate::nbd::{Address, courier};
 use crate::qemu::{query, step};
 use crate::relay::{Hangup, Socket, SocketId, Stream};
 use crate::server;
+use crate::teardown::{Teardown, Undo};
 use crate::view::View;
 
 /// How long a client may take to come in, as in QEMU's own server.
@@ -116,6 +117,12 @@ pub(crate) async fn open(view: &View, runtime_dir: &Path) -> Result<Gate> {
         .any(|export| export.id == names.public_export())
     {
         if view.is_incremental() {
+            // An earlier try, which QEMU has refused in its middle, may have made it.
+            let left = Undo::Bitmap {
+                node: names.view(),
+                name: names.public_bitmap(),
+            };
+            Teardown::default().undo(qmp, &left).await?;
             let (copy, from) = (names.public_bitmap(), names.push_bitmap());
             let copy = step::view_bitmap(names, &copy, view.granularity(), &names.view(), &from);
             qmp.execute_raw("transaction", copy).await?;

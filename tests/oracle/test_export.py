@@ -350,6 +350,24 @@ class Reading(Machine):
             self.assertEqual(("full", "all"), (export["mode"], export["readable"]))
             self.assertNotIn("changes_context", export)
 
+    def test_another_try_after_qemu_has_refused(self):
+        """Another program's export has the name, for a while."""
+        with self.rig.plugin() as plugin:
+            full = self.begin(plugin, checkpoint="one")
+            full.read_all(self.rig)
+            full.commit()
+            backup = self.begin(plugin, base="one", strict=True)
+            theirs = {"type": "nbd", "id": "theirs", "node-name": "b", "name": "dev-a"}
+            self.rig.qmp.command("block-export-add", theirs)
+            self.refused("qemu_refused", plugin, "backup.export", {"backup": backup.id, "disk": "dev-a"})
+            self.rig.qmp.command("block-export-del", {"id": "theirs"})
+            self.rig.qmp.wait_event("BLOCK_EXPORT_DELETED", id="theirs")
+            export = backup.call("export", disk="dev-a")
+            with Nbd(export["address"], export["export"], export["changes_context"]) as client:
+                self.assertTrue(dirty(client.status()))
+            self.assertEqual({"leftovers": []}, backup.abort())
+        self.nothing_is_left()
+
     def test_what_did_not_change_costs_scratch_where_it_is_kept(self):
         sizes = {}
         for keep in (False, True):
