@@ -105,6 +105,16 @@ class Files(Pushes):
             self.pushed(backup, self.existing(other))
             self.equal(other)
 
+    def test_an_increment_over_a_qcow2_image(self):
+        image = self.targets / "image"
+        convert = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(self.base_image), str(image)]
+        subprocess.run(convert, check=True)
+        with self.opened(BASE) as backup:
+            reply = self.pushed(backup, self.existing(image, "qcow2"))
+            self.assertEqual("incremental", reply["mode"])
+            self.equal(image, "qcow2")
+        self.unharmed()
+
     def test_new_files_that_cannot_be(self):
         (self.targets / "dangling").symlink_to(self.targets / "nothing")
         there = self.raw("there", fill=1)
