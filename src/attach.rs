@@ -66,7 +66,8 @@ pub async fn attach(qmp: &Qmp, server: &Server, id: &str) -> Result<Session> {
         return Err(Error::new(Kind::QemuRefused, doing(id)).leaving(leftovers));
     }
     let mut part = Teardown::default();
-    let address = server.take_over(session.server.clone(), &mut part).await?;
+    let socket = deed.server.clone().unwrap_or_default();
+    let address = server.take_over(socket, &mut part).await?;
     let teardown = found.session_teardown(true, part.pop());
     let stake = match Stake::take_over(qmp, found.id.clone(), deed).await {
         Ok(stake) => stake,

@@ -207,10 +207,6 @@ impl Opening {
             chain: self.member.wish.chain.to_string(),
             time_ms: self.time_ms,
             keep_ms: self.member.wish.keep_ms,
-            server: match &self.address {
-                Address::Unix(path) => path.clone(),
-                Address::Tcp(_) => PathBuf::new(),
-            },
             scratch: self.member.scratch.saved(),
             disks: disks.iter().map(SessionDisk::saved).collect(),
         }
@@ -281,7 +277,7 @@ async fn make(
         scratch: wish,
         ..
     } = member;
-    let stake = Stake::make(qmp, random_id(), runtime_dir, teardown).await?;
+    let mut stake = Stake::make(qmp, random_id(), runtime_dir, teardown).await?;
     let mut disks = Vec::new();
     for (index, plan) in plans.into_iter().enumerate() {
         go_on(cancel)?;
@@ -302,7 +298,10 @@ async fn make(
         });
     }
     go_on(cancel)?;
-    let address = join_server(qmp, server, &stake, teardown).await?;
+    let turn = qmp.turn().await;
+    let address = join_server(&turn, server, &stake, teardown).await?;
+    // Before anybody reclaims whoever has started it.
+    stake.uses(&turn, &address).await?;
     Ok((stake, disks, address))
 }
 
@@ -319,13 +318,11 @@ async fn join_server(
     };
     for found in reclaim::sessions(qmp).await? {
         let kept = found.state() == State::Kept;
-        let session = found.deed.and_then(|deed| deed.session);
-        if let Some(session) = session.filter(|_| kept)
-            && tokio::net::UnixStream::connect(&session.server)
-                .await
-                .is_ok()
+        let socket = found.deed.and_then(|deed| deed.server);
+        if let Some(socket) = socket.filter(|_| kept)
+            && tokio::net::UnixStream::connect(&socket).await.is_ok()
         {
-            return server.take_over(session.server, teardown).await;
+            return server.take_over(socket, teardown).await;
         }
     }
     Err(busy)

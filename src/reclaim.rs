@@ -22,6 +22,7 @@ use crate::owner::{Life, Owner};
 use crate::qemu::step::{self, Names};
 use crate::qemu::{Qmp, note, query};
 use crate::saved::{self, Deed, Progress};
+use crate::server;
 use crate::session::now_ms;
 use crate::stake;
 use crate::standstill;
@@ -94,18 +95,32 @@ impl Found {
     /// The files and directories that are removed with it, if its process ran on this machine.
     #[must_use]
     pub fn removes(&self) -> Vec<PathBuf> {
-        let teardown = self.teardown(true);
+        let teardown = self.teardown(true, &BTreeSet::new());
         let paths = teardown.paths().map(Path::to_owned).collect();
         teardown.leave();
         paths
     }
 
-    /// All that it may have made, to be undone. Files only where `here`: its process ran
-    /// on this machine.
-    fn teardown(&self, here: bool) -> Teardown {
-        let dir = self.dir().filter(|_| here);
-        let server =
-            dir.map(|dir| Undo::OldServer(stake::server_dir(dir).join(crate::server::SOCKET)));
+    /// The socket of the NBD server that it uses, as it tells.
+    fn server(&self) -> Option<PathBuf> {
+        let told = self.deed.as_ref().and_then(|deed| deed.server.clone());
+        told.filter(|socket| server::is_ours(socket))
+    }
+
+    /// Its NBD server; where it has not come to tell, the one that it would have started.
+    fn old_server(&self) -> Option<Undo> {
+        let (socket, ran) = match self.server() {
+            Some(told) => (told, true),
+            None => (stake::server_dir(self.dir()?).join(server::SOCKET), false),
+        };
+        Some(Undo::OldServer { socket, ran })
+    }
+
+    /// All that it may have made, to be undone, but for a server that is `used` by others. Files
+    /// only where `here`: its process ran on this machine.
+    fn teardown(&self, here: bool, used: &BTreeSet<PathBuf>) -> Teardown {
+        let is_used = self.server().is_some_and(|socket| used.contains(&socket));
+        let server = self.old_server().filter(|_| here && !is_used);
         let mut teardown = self.session_teardown(here, server);
         teardown.append(self.consumer_teardown(here));
         teardown
@@ -345,14 +360,18 @@ pub async fn reclaim(qmp: &Qmp, which: &Which) -> Result<Report> {
     let turn = qmp.turn().await;
     let qmp = &*turn;
     let mut report = Report::default();
-    for found in sessions(qmp).await? {
+    let found = sessions(qmp).await?.into_iter();
+    let (meant, others): (Vec<_>, Vec<_>) = found.partition(|found| which.means(found));
+    // By an export that is there, or by one that is to come.
+    let used = others.iter().filter_map(Found::server).collect();
+    let left = others.into_iter();
+    report.left = left
+        .map(|found| (found.id.clone(), found.state()))
+        .collect();
+    for found in meant {
         let state = found.state();
-        if !which.means(&found) {
-            report.left.push((found.id, state));
-            continue;
-        }
         info!(session = found.id, ?state, "reclaiming");
-        let teardown = found.teardown(state != State::Unknown);
+        let teardown = found.teardown(state != State::Unknown, &used);
         let filters: Vec<String> = found.names().iter().map(Names::filter).collect();
         let leftovers = standstill::end(qmp, teardown, &filters).await;
         report.leftovers.extend(leftovers);

@@ -100,8 +100,14 @@ pub async fn redefine(
     let mut teardown = Teardown::default();
     let done = async {
         if !paintings.is_empty() {
-            let stake = Stake::make(qmp, session, runtime_dir, &mut teardown).await?;
-            let address = server.join(qmp, stake.server_dir(), &mut teardown).await?;
+            let mut stake = Stake::make(qmp, session, runtime_dir, &mut teardown).await?;
+            let address = {
+                let turn = qmp.turn().await;
+                let dir = stake.server_dir();
+                let address = server.join(&turn, dir, &mut teardown).await?;
+                stake.uses(&turn, &address).await?;
+                address
+            };
             for painting in paintings {
                 let disk = painting.disk.clone();
                 let painted = painting.paint(qmp, &address, &mut teardown).await;

@@ -28,6 +28,9 @@ pub struct Deed {
     pub owner: Owner,
     /// Its private directory, on the owner's machine.
     pub dir: PathBuf,
+    /// The socket of QEMU's NBD server, which another session may have started; `None` as long
+    /// as it does not use it.
+    pub server: Option<PathBuf>,
     /// The session; `None` as long as it is not open.
     pub session: Option<Saved>,
 }
@@ -40,6 +43,7 @@ impl Deed {
             form: FORM,
             owner: Owner::here(),
             dir,
+            server: None,
             session: None,
         }
     }
@@ -54,8 +58,6 @@ pub struct Saved {
     pub time_ms: u64,
     /// How long it outlives its process, in milliseconds.
     pub keep_ms: u64,
-    /// The socket of QEMU's NBD server.
-    pub server: PathBuf,
     /// What the host said of scratch.
     pub scratch: SavedScratch,
     /// Its disks; their places are the numbers in the names of their objects.
@@ -142,11 +144,11 @@ mod tests {
     #[test]
     fn a_deed_is_read_as_it_was_written_and_one_of_another_form_is_not() {
         let mut there = Deed::new("/run/qf-x".into());
+        there.server = Some("/run/qf-y-nbd/nbd.sock".into());
         there.session = Some(Saved {
             chain: "default".into(),
             time_ms: 5,
             keep_ms: 6,
-            server: "/run/qf-x-nbd/nbd.sock".into(),
             scratch: SavedScratch {
                 dir: "/s".into(),
                 disk_max_bytes: None,

@@ -8,8 +8,8 @@
 
 use std::fs::Permissions;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixListener;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,6 +39,9 @@ pub(crate) const SOCKET: &str = "nbd.sock";
 
 /// What the name of its directory ends with: that of its session's, and this.
 pub(crate) const SERVER_DIR: &str = "-nbd";
+
+/// How long it may take to see whether anybody listens there.
+const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 
 /// The server of one monitor; clones share it.
 #[derive(Clone, Debug, Default)]
@@ -148,21 +151,18 @@ impl Server {
             // Somebody of ours has yet to be taken over, or reclaimed: the server is theirs.
             return Ok(());
         }
-        if stopped.is_err() && is_listening(&dir.join(SOCKET)) {
+        if stopped.is_err() && is_listening(&dir.join(SOCKET)).await.unwrap_or(true) {
             // Lost with the monitor's connection: whoever reclaims it knows it by its socket.
             return stopped.map(drop);
         }
-        let removed = std::fs::remove_dir_all(&dir);
-        stopped?;
-        removed.map_err(|error| {
-            Error::new(Kind::Internal, format!("removing {}", dir.display())).because(error)
-        })
+        let removed = file_call::remove(&dir, remove_dir).await;
+        stopped.and(removed)
     }
 }
 
 /// Whether a session of ours would have its server there. Its directory is removed with it, and
 /// a note could say anything.
-fn is_ours(socket: &Path) -> bool {
+pub(crate) fn is_ours(socket: &Path) -> bool {
     let dir = socket.parent().and_then(Path::file_name);
     let dir = dir.and_then(|name| name.to_str()).unwrap_or_default();
     socket.is_absolute()
@@ -221,34 +221,46 @@ async fn stop(qmp: &Qmp) -> Result<bool> {
     Ok(true)
 }
 
-/// Stops the server that a dead process has started, if it is the one that runs, and no
-/// export uses it.
-pub(crate) async fn stop_old(qmp: &Qmp, socket: &Path) -> Result<()> {
+/// Stops the server that a dead process has used, if it is the one that runs, and no export
+/// uses it. `ran`: it is known to have run.
+pub(crate) async fn stop_old(qmp: &Qmp, socket: &Path, ran: bool) -> Result<()> {
     let dir = socket.parent().unwrap_or(Path::new("/"));
     let exports = query::block_exports(qmp).await?;
     if exports.iter().any(|export| export.kind == "nbd") {
         return Ok(());
     }
     // QEMU does not tell where its server is; who listens there does.
-    if is_listening(socket) {
-        match qmp.execute(&qapi::qmp::nbd_server_stop {}).await {
-            // QEMU has the descriptor, and was never told to serve it.
-            Err(error) if error.chain().contains("not running") => {}
+    if is_listening(socket).await? {
+        let is_foreign = match qmp.execute(&qapi::qmp::nbd_server_stop {}).await {
+            // Unless it ran, QEMU has the descriptor, and was never told to serve it.
+            Err(error) if error.chain().contains("not running") => ran,
             stopped => {
                 stopped?;
+                is_listening(socket).await?
             }
+        };
+        if is_foreign {
+            // Another QEMU's, whatever the note says.
+            return Ok(());
         }
     }
-    match std::fs::remove_dir_all(dir) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(Error::new(Kind::Internal, format!("removing {}", dir.display())).because(error))
-        }
-        _ => Ok(()),
-    }
+    file_call::remove(dir, remove_dir).await
 }
 
-fn is_listening(socket: &Path) -> bool {
-    std::os::unix::net::UnixStream::connect(socket).is_ok()
+async fn is_listening(socket: &Path) -> Result<bool> {
+    let socket = socket.to_owned();
+    let connect = move || Ok(UnixStream::connect(socket).is_ok());
+    file_call::within(CONNECT_DEADLINE, connect).await
+}
+
+/// Removes a server's directory. One with anything but a socket in it is none of ours.
+fn remove_dir(dir: &Path) -> std::io::Result<()> {
+    let socket = dir.join(SOCKET);
+    let there = socket.symlink_metadata();
+    if there.is_ok_and(|there| there.file_type().is_socket()) {
+        std::fs::remove_file(&socket)?;
+    }
+    std::fs::remove_dir(dir)
 }
 
 /// Has only this process's user connect to a socket of ours, whatever the umask is.

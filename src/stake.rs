@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::{Error, Kind, Result};
+use crate::nbd::Address;
 use crate::qemu::{Qmp, note, step};
 use crate::saved::{self, Deed, Saved};
 use crate::server::SERVER_DIR;
@@ -91,6 +92,19 @@ impl Stake {
         server_dir(&self.deed.dir)
     }
 
+    /// The session uses QEMU's NBD server at `address`, whoever has started it: the last one
+    /// that does has to stop it, also where it is reclaimed.
+    ///
+    /// # Errors
+    /// QEMU's.
+    pub(crate) async fn uses(&mut self, qmp: &Qmp, address: &Address) -> Result<()> {
+        self.deed.server = match address {
+            Address::Unix(path) => Some(path.clone()),
+            Address::Tcp(_) => None,
+        };
+        self.tell(qmp).await
+    }
+
     /// Whether the session shall outlive its host.
     pub(crate) fn is_kept(&self) -> bool {
         let session = self.deed.session.as_ref();
@@ -112,6 +126,7 @@ impl Stake {
     /// QEMU's.
     pub(crate) async fn take_over(qmp: &Qmp, id: String, deed: Deed) -> Result<Self> {
         let mut mine = Deed::new(deed.dir);
+        mine.server = deed.server;
         mine.session = deed.session;
         let deed = mine;
         let _hold = Hold::take(&id);

@@ -30,9 +30,14 @@ pub enum Undo {
     },
     /// A user's part of the NBD server.
     Server(Server),
-    /// The NBD server that a dead process has started, by its socket, which has a directory
+    /// The NBD server that a dead process has used, by its socket, which has a directory
     /// of its own: unless another export uses it.
-    OldServer(PathBuf),
+    OldServer {
+        /// The socket.
+        socket: PathBuf,
+        /// It is known to have run: QEMU had more than the descriptor.
+        ran: bool,
+    },
     /// A block node.
     Node {
         /// Its name.
@@ -82,7 +87,7 @@ impl std::fmt::Display for Undo {
         match self {
             Self::Export { id } => write!(f, "export {id}"),
             Self::Server(_) => f.write_str("NBD server"),
-            Self::OldServer(path) => write!(f, "NBD server at {}", path.display()),
+            Self::OldServer { socket, .. } => write!(f, "NBD server at {}", socket.display()),
             Self::Object { id } => write!(f, "object {id}"),
             Self::Node { node } => write!(f, "node {node}"),
             Self::Job { id } => write!(f, "job {id}"),
@@ -122,7 +127,7 @@ impl Teardown {
         self.steps.iter().filter_map(|step| match step {
             Undo::File(path) | Undo::Directory(path) => Some(path.as_path()),
             // With its directory.
-            Undo::OldServer(socket) => socket.parent(),
+            Undo::OldServer { socket, .. } => socket.parent(),
             _ => None,
         })
     }
@@ -207,7 +212,7 @@ async fn undo(qmp: &Qmp, step: &Undo) -> Result<()> {
     match step {
         Undo::Export { id } => remove_export(qmp, id).await,
         Undo::Server(server) => server.leave(qmp).await,
-        Undo::OldServer(socket) => server::stop_old(qmp, socket).await,
+        Undo::OldServer { socket, ran } => server::stop_old(qmp, socket, *ran).await,
         Undo::Object { id } => found(qmp.execute_raw("object-del", json!({"id": id})).await),
         Undo::Fd { name } => found(qmp.execute_raw("closefd", json!({"fdname": name})).await),
         Undo::Node { node } => remove_node(qmp, node).await,

@@ -243,8 +243,8 @@ class Attach(Life):
         with self.rig.plugin() as plugin:
             for lie in (
                 lambda claim: claim.update(dir=str(precious)),
-                lambda claim: claim["session"].update(server=str(precious / "nbd.sock")),
-                lambda claim: claim["session"].update(server=str(self.rig.folder / "qmp")),
+                lambda claim: claim.update(server=str(precious / "nbd.sock")),
+                lambda claim: claim.update(server=str(self.rig.folder / "qmp")),
                 lambda claim: claim["session"]["disks"][0].update(disk="../../precious"),
                 lambda claim: claim["session"]["disks"][0].update(checkpoint="theirs"),
             ):

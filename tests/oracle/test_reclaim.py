@@ -1,7 +1,9 @@
 """A plugin or a host that ends at any step of a session: what is left, and who takes it away."""
 
 import json
+import os
 import signal
+import socket
 import threading
 
 from . import support
@@ -191,7 +193,7 @@ class Reclaim(Life):
                     (folder / "file").write_text("precious")
                 path = f"/objects/qf-{backup}-owner"
                 note = self.rig.qmp.command("qom-get", {"path": path, "property": "data"})
-                claim = {**json.loads(note), "dir": str(lie)}
+                claim = {**json.loads(note), "dir": str(lie), "server": f"{lie}-nbd/nbd.sock"}
                 self.rig.qmp.command("qom-set", {"path": path, "property": "data", "value": json.dumps(claim)})
                 partial = {"qom-type": "secret", "id": f"qf-{backup}-0-tp", "data": f"{lie}/file"}
                 self.rig.qmp.command("object-add", partial)
@@ -201,6 +203,77 @@ class Reclaim(Life):
                 self.assertEqual([], self.left())
                 # Where the server was nobody knows any more.
                 self.rig.qmp.command("nbd-server-stop")
+
+    def test_a_server_that_is_none_of_its_qemu_stays(self):
+        """A note names a directory as a server of ours would have it, of another QEMU or of nobody."""
+        folder = self.rig.folder / "qf-precious-nbd"
+        path = str(folder / "nbd.sock")
+        folder.mkdir()
+        for is_there, is_running in ((True, True), (True, False), (False, False)):
+            with self.subTest(is_there=is_there, is_running=is_running), socket.socket(socket.AF_UNIX) as theirs:
+                if is_there:
+                    theirs.bind(path)
+                    theirs.listen()
+                else:
+                    (folder / "file").write_text("precious")
+                backup = self.dead()
+                note = {"path": f"/objects/qf-{backup}-owner", "property": "data"}
+                claim = {**json.loads(self.rig.qmp.command("qom-get", note)), "server": path}
+                self.rig.qmp.command("qom-set", {**note, "value": json.dumps(claim)})
+                if not is_running:
+                    for export in self.rig.qmp.command("query-block-exports"):
+                        self.rig.qmp.command("block-export-del", {"id": export["id"], "mode": "hard"})
+                        self.rig.qmp.wait_event("BLOCK_EXPORT_DELETED", id=export["id"])
+                    self.rig.qmp.command("nbd-server-stop")
+                self.assertEqual([backup], self.call("reclaim")["reclaimed"])
+                self.assertEqual([], self.left())
+                self.assertTrue(is_there or (folder / "file").exists())
+                self.assertEqual(is_there, os.path.exists(path))
+            if is_there:
+                os.unlink(path)
+
+    def test_the_server_that_another_one_has_started(self):
+        """The one that started it has ended well: the one that used it is the last."""
+        wire = Wire(self.rig.command())
+        first, second = (
+            wire.call("backup.begin", {"monitor": self.rig.monitor, "disks": [{"disk": disk}]})["backup"]
+            for disk in self.devices()
+        )
+        wire.call("backup.abort", {"backup": first})
+        wire.process.kill()
+        wire.close()
+        result = self.call("reclaim")
+        self.assertEqual({"reclaimed": [second], "left": [], "leftovers": []}, result)
+        self.nothing_is_left()
+
+    def test_the_server_of_one_that_was_kept(self):
+        """It ends before the dead one that used its server."""
+        kept = self.dead(disks=[{"disk": "dev-a"}], keep_ms=600_000)
+        dead = self.dead(disks=[{"disk": "dev-b"}], checkpoint="wednesday")
+        with self.rig.plugin() as plugin:
+            plugin.call("backup.attach", {"monitor": self.rig.monitor, "backup": kept}, support.SECONDS)
+            plugin.call("backup.abort", {"backup": kept}, support.SECONDS)
+        self.assertEqual([dead], self.call("reclaim")["reclaimed"])
+        self.nothing_is_left()
+
+    def test_the_server_that_one_that_lives_uses(self):
+        nodes = {disk: node for disk, (_, node) in self.devices().items()}
+        kept = self.dead(disks=[{"disk": "dev-a"}], keep_ms=600_000)
+        with self.rig.plugin() as plugin:
+            backup = support.Backup(plugin, self.rig.monitor, base=BASE, disks=[{"disk": "dev-b"}])
+            params = {"monitor": self.rig.monitor, "backups": [kept]}
+            self.assertEqual([kept], plugin.call("reclaim", params, support.SECONDS)["reclaimed"])
+            backup.read_all(self.rig)
+            self.rig.compare(self, backup, nodes)
+            backup.abort()
+        self.nothing_is_left()
+
+    def nothing_is_left(self):
+        """Nor anything that is in the way of the next one."""
+        self.assertEqual([], self.left())
+        self.assertEqual([], self.rig.files())
+        with self.rig.plugin() as plugin:
+            support.Backup(plugin, self.rig.monitor).abort()
 
     def test_foreign_objects_stay(self):
         foreign = self.rig.folder / "foreign.qcow2"
