@@ -37,7 +37,9 @@ use crate::view::View;
 /// QEMU's. All is as before then, but pushes of
 /// the process that has ended are taken away.
 pub async fn attach(qmp: &Qmp, server: &Server, id: &str) -> Result<Session> {
-    let found = reclaim::sessions(qmp).await?;
+    // From the look to the taking over: nobody reclaims it meanwhile, or takes it over too.
+    let turn = qmp.turn().await;
+    let found = reclaim::sessions(&turn).await?;
     let found = found.into_iter().find(|found| found.id == id);
     let found = found.ok_or_else(|| Error::new(Kind::UnknownSession, doing(id)))?;
     let alive = |why: &'static str| Error::new(Kind::SessionAlive, doing(id)).because(why);
@@ -61,7 +63,7 @@ pub async fn attach(qmp: &Qmp, server: &Server, id: &str) -> Result<Session> {
     let can_discard_source = schema.has_argument("blockdev-backup", "discard-source");
     let made = (version, can_discard_source);
     let chain = Name::parse(&session.chain)?;
-    let leftovers = found.consumer_teardown(true).run(qmp).await;
+    let leftovers = found.consumer_teardown(true).run(&turn).await;
     if !leftovers.is_empty() {
         return Err(Error::new(Kind::QemuRefused, doing(id)).leaving(leftovers));
     }
@@ -69,13 +71,14 @@ pub async fn attach(qmp: &Qmp, server: &Server, id: &str) -> Result<Session> {
     let socket = deed.server.clone().unwrap_or_default();
     let address = server.take_over(socket, &mut part).await?;
     let teardown = found.session_teardown(true, part.pop());
-    let stake = match Stake::take_over(qmp, found.id.clone(), deed).await {
+    let stake = match Stake::take_over(&turn, found.id.clone(), deed).await {
         Ok(stake) => stake,
         Err(error) => {
             teardown.leave();
             return Err(error);
         }
     };
+    drop(turn);
     let disks = plans.into_iter().zip(&session.disks).enumerate();
     let disks = disks.map(|(place, (plan, saved))| {
         let names = Names::new(id, place);

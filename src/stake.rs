@@ -29,10 +29,11 @@ pub(crate) fn is_held(id: &str) -> bool {
 struct Hold(String);
 
 impl Hold {
-    fn take(id: &str) -> Arc<Self> {
+    /// `None`: this process holds it already, and goes on to.
+    fn take(id: &str) -> Option<Arc<Self>> {
         let mut held = HELD.lock().unwrap_or_else(PoisonError::into_inner);
-        held.insert(id.to_owned());
-        Arc::new(Self(id.to_owned()))
+        let is_new = held.insert(id.to_owned());
+        is_new.then(|| Arc::new(Self(id.to_owned())))
     }
 }
 
@@ -63,7 +64,7 @@ impl Stake {
         runtime_dir: &Path,
         teardown: &mut Teardown,
     ) -> Result<Self> {
-        let hold = Hold::take(&id);
+        let hold = hold(&id)?;
         let dir = runtime_dir.join(format!("{}{id}", step::PREFIX));
         // Whoever finds it works in another directory.
         let dir = std::path::absolute(&dir).map_err(|error| unusable(&dir, error))?;
@@ -123,13 +124,13 @@ impl Stake {
     /// Takes over the stake of a dead session: it is this process's from now on.
     ///
     /// # Errors
-    /// QEMU's.
+    /// QEMU's; [`Kind::SessionAlive`] where this process holds it.
     pub(crate) async fn take_over(qmp: &Qmp, id: String, deed: Deed) -> Result<Self> {
         let mut mine = Deed::new(deed.dir);
         mine.server = deed.server;
         mine.session = deed.session;
         let deed = mine;
-        let _hold = Hold::take(&id);
+        let _hold = hold(&id)?;
         let stake = Self { id, deed, _hold };
         stake.tell(qmp).await?;
         Ok(stake)
@@ -139,6 +140,11 @@ impl Stake {
         let text = saved::to_text(&self.deed)?;
         note::change(qmp, &step::owner_note(&self.id), &text).await
     }
+}
+
+fn hold(id: &str) -> Result<Arc<Hold>> {
+    let is_held = || Error::new(Kind::SessionAlive, format!("holding the backup {id}"));
+    Hold::take(id).ok_or_else(is_held)
 }
 
 /// Where the NBD server of the session whose directory this is lies, if it started one.
@@ -163,6 +169,16 @@ fn unusable(dir: &Path, error: std::io::Error) -> Error {
 mod tests {
     use super::*;
     use std::os::unix::fs::{PermissionsExt, symlink};
+
+    #[test]
+    fn a_session_is_held_once_and_as_long_as_its_holder_is_there() {
+        let first = hold("once").unwrap();
+        assert_eq!(hold("once").unwrap_err().kind(), Kind::SessionAlive);
+        assert!(is_held("once"));
+        drop(first);
+        assert!(!is_held("once"));
+        assert!(hold("once").is_ok());
+    }
 
     #[test]
     fn a_private_directory_is_new_and_ours_alone() {

@@ -280,6 +280,36 @@ class Attach(Life):
             kept.abort()
         self.assertEqual([], self.left())
 
+    def test_a_host_asks_twice_at_once(self):
+        """One is taken over, the other one is told so, and nothing is lost."""
+        backup = self.begin()
+        self.kill()
+        self.wire = Wire(self.rig.command())
+        self.addCleanup(self.wire.close)
+        params = {"monitor": self.rig.monitor, "backup": backup}
+        asked = {self.wire.send("backup.attach", params) for _ in range(2)}
+        replies = {}
+        while replies.keys() != asked:
+            message, _ = self.wire.receive()
+            if message.get("id") in asked:
+                replies[message["id"]] = message
+        refused = [reply["error"]["data"] for reply in replies.values() if "error" in reply]
+        self.assertEqual([("backup_busy", "unchanged")], [(data["code"], data["state_left"]) for data in refused])
+        left = self.wire.call("reclaim", {"monitor": self.rig.monitor})
+        alive = {"backup": backup, "state": "alive"}
+        self.assertEqual({"reclaimed": [], "left": [alive], "leftovers": []}, left)
+        streams = {disk: Stream(self.rig.image(disk)) for disk in self.nodes}
+        for disk, stream in streams.items():
+            self.read(self.wire, disk, stream)
+            stream.finish()
+        done = Backup.of(None, self.began)
+        done.streams = streams
+        self.rig.compare(self, done, self.nodes)
+        done = self.wire.call("backup.commit", {"backup": backup})
+        self.assertEqual({"committed": ["dev-a", "dev-b"], "deleted": [], "leftovers": []}, done)
+        self.assertEqual([], self.left())
+        self.assertEqual([], self.rig.files())
+
     def test_one_that_lives(self):
         backup = self.begin()
         reply = self.wire.reply(self.wire.send("backup.attach", {"monitor": self.rig.monitor, "backup": backup}))
