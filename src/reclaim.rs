@@ -37,7 +37,7 @@ pub enum State {
     Dead,
     /// Its process has ended, and the host wants to take it over.
     Kept,
-    /// Its process cannot be seen from this machine, or it does not say whose it is.
+    /// Its process cannot be seen from here, or it does not say whose it is.
     Unknown,
 }
 
