@@ -70,14 +70,16 @@ pub async fn attach(qmp: &Qmp, server: &Server, id: &str) -> Result<Session> {
     let mut part = Teardown::default();
     let socket = deed.server.clone().unwrap_or_default();
     let address = server.take_over(socket, &mut part).await?;
-    let teardown = found.session_teardown(true, part.pop());
     let stake = match Stake::take_over(&turn, found.id.clone(), deed).await {
         Ok(stake) => stake,
         Err(error) => {
-            teardown.leave();
+            // It still uses the server, but not in our name.
+            server.release().await;
+            part.leave();
             return Err(error);
         }
     };
+    let teardown = found.session_teardown(true, part.pop());
     drop(turn);
     let disks = plans.into_iter().zip(&session.disks).enumerate();
     let disks = disks.map(|(place, (plan, saved))| {

@@ -133,6 +133,16 @@ impl Server {
         Ok(address)
     }
 
+    /// One user less, who was taken over from another process and stays one of that: nothing
+    /// is stopped.
+    pub(crate) async fn release(&self) {
+        let mut running = self.running.lock().await;
+        *running = running.take().and_then(|running| {
+            let users = running.users.checked_sub(1).filter(|users| *users > 0)?;
+            Some(Running { users, ..running })
+        });
+    }
+
     /// One user less: the last one stops it.
     pub(crate) async fn leave(&self, qmp: &Qmp) -> Result<()> {
         let mut running = self.running.lock().await;
@@ -315,4 +325,27 @@ fn unusable(dir: &Path, error: std::io::Error) -> Error {
         format!("making a private directory {}", dir.display()),
     )
     .because(error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn one_that_is_released_leaves_no_user_behind() {
+        let server = Server::default();
+        for users in 1..=2 {
+            let mut teardown = Teardown::default();
+            for _ in 0..users {
+                let socket = PathBuf::from(format!("/run/qf-{users}-nbd/nbd.sock"));
+                // It would be busy with the ones before.
+                server.take_over(socket, &mut teardown).await.unwrap();
+            }
+            for _ in 0..users {
+                server.release().await;
+            }
+            teardown.leave();
+        }
+        assert!(server.running.lock().await.is_none());
+    }
 }

@@ -310,6 +310,33 @@ class Attach(Life):
         self.assertEqual([], self.left())
         self.assertEqual([], self.rig.files())
 
+    def test_one_that_could_not_be_taken_over(self):
+        """It can be later, and its NBD server ends with the last one that uses it."""
+        backup = self.begin(disks=[{"disk": "dev-a"}], **KEEP)
+        self.kill()
+        note = f"qf-{backup}-owner"
+        path = {"path": f"/objects/{note}", "property": "data"}
+        truth = self.rig.qmp.command("qom-get", path)
+        params = {"monitor": self.rig.monitor, "backup": backup}
+
+        def look(name):
+            # It has been read, and is to be written yet.
+            if name == "query-qmp-schema":
+                self.rig.proxy.on_command = lambda name: None
+                self.rig.qmp.command("object-del", {"id": note})
+
+        with self.rig.plugin() as plugin:
+            other = Backup(plugin, self.rig.monitor, base=BASE, disks=[{"disk": "dev-b"}])
+            self.rig.proxy.on_command = look
+            data = self.refused("qemu_refused", plugin, "backup.attach", params)
+            self.assertEqual("unchanged", data["state_left"])
+            self.rig.qmp.command("object-add", {"qom-type": "secret", "id": note, "data": truth})
+            self.attached(plugin).abort()
+            other.abort()
+            self.assertEqual([], self.left())
+            self.assertEqual([], self.rig.files())
+            Backup(plugin, self.rig.monitor).abort()
+
     def test_one_that_lives(self):
         backup = self.begin()
         reply = self.wire.reply(self.wire.send("backup.attach", {"monitor": self.rig.monitor, "backup": backup}))
