@@ -3,6 +3,7 @@
 The plugin is `$QEMU_FLEECE`, else target/debug/qemu-fleece of this checkout.
 """
 
+import fcntl
 import json
 import os
 import pathlib
@@ -11,6 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
+import time
 import unittest
 
 from .guest import RIG, ROOT
@@ -204,6 +207,15 @@ class Wire:
         self.process.stdin.write(json.dumps(message).encode() + b"\n")
         self.process.stdin.flush()
         return self._ids
+
+    def wait_taken(self):
+        """Until the plugin has read all that was sent, before more of what it says is read."""
+        waiting = lambda: int.from_bytes(fcntl.ioctl(self.process.stdin, termios.FIONREAD, bytes(4)), sys.byteorder)
+        end = time.monotonic() + SECONDS
+        while waiting():
+            if time.monotonic() > end:
+                raise AssertionError("the plugin reads nothing")
+            time.sleep(0.01)
 
     def receive(self):
         """The next message and its payload; None at the end."""

@@ -79,6 +79,7 @@ class Attach(Life):
         stream = Stream(self.rig.image("dev-a"))
         self.read(self.wire, "dev-a", stream, until=FIRST + 65536)
         asked = self.wire.send("backup.ack", {"backup": self.began["backup"], "disk": "dev-a", "offset": FIRST})
+        self.wire.wait_taken()
         resume = self.wire.reply(asked)["result"]["resume"]
         self.assertLessEqual(MIB, resume)
         kept = [record for record in stream.records if record.get("offset", 0) + record.get("length", 0) <= resume]

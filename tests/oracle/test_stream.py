@@ -9,7 +9,7 @@ from .guest import MIB, Disk, Guest
 from .support import Backup, Rig, Stream, Vm, Wire, io, make_image, virtio
 
 SIZE = 96 * MIB
-# More than the plugin holds (24 MiB) and the pipes take is still to come when a test cancels.
+# Much more than the plugin holds (10 MiB) and the pipe takes is still to come when a test cancels.
 DATA = 80 * MIB
 NODES = {"dev-a": "a", "dev-b": "b"}
 
