@@ -188,7 +188,9 @@ class Reclaim(Life):
     def test_notes_that_lie_remove_nothing_else(self):
         """A note names a directory, or a file, that is none of ours: it stays."""
         precious = self.rig.folder / "precious"
-        for lie in (precious, self.rig.runtime / ".." / precious.name, f"/proc/self/root/{precious}", "precious"):
+        link = self.rig.folder / "link"
+        link.symlink_to(self.rig.folder)
+        for lie in (precious, self.rig.runtime / ".." / precious.name, link / precious.name, "precious"):
             with self.subTest(lie):
                 backup = self.dead()
                 # The second is where the NBD server of a session with that directory would be.
