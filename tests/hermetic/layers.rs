@@ -173,6 +173,44 @@ const LONG: &[(&str, &str)] = &[
         "the rules of a stream, for its writer and its reader",
     ),
     ("plugin/src/requests.rs", "one function a method"),
+    (
+        "protocol/tests/messages.rs",
+        "one value of each message of the protocol",
+    ),
+    (
+        "tests/hermetic/nbd_lies.rs",
+        "one test a lie of an NBD server",
+    ),
+    (
+        "tests/hermetic/nbd_live.rs",
+        "one test a thing that a connection does",
+    ),
+    (
+        "tests/hermetic/nbd_server.rs",
+        "a scripted NBD server, for all of its tests",
+    ),
+    ("tests/hermetic/qmp.rs", "one test a fault of a monitor"),
+    (
+        "tests/oracle/test_checkpoints.py",
+        "one group of tests a method",
+    ),
+    (
+        "tests/oracle/test_push_files.py",
+        "one test a kind of file, and what is refused",
+    ),
+    (
+        "tests/oracle/test_scratch.py",
+        "all that can come of full scratch, of one guest",
+    ),
+    ("tests/oracle/test_security.py", "one test a promise"),
+    (
+        "tests/oracle/walk.py",
+        "a walk and its model, which know each other's state",
+    ),
+    (
+        "tests/qemu/nbd.rs",
+        "one test a thing that QEMU's server does",
+    ),
 ];
 
 fn root() -> &'static Path {
@@ -187,7 +225,11 @@ fn sources(path: &Path) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = entries
         .flat_map(|entry| sources(&entry.unwrap().path()))
         .collect();
-    files.retain(|file| file.extension().is_some_and(|ending| ending == "rs"));
+    let is_source = |file: &PathBuf| {
+        file.extension()
+            .is_some_and(|ending| ending == "rs" || ending == "py")
+    };
+    files.retain(is_source);
     files
 }
 
@@ -219,7 +261,15 @@ fn nobody_names_what_is_above_or_beside() {
 
 #[test]
 fn only_some_files_are_long_and_say_why() {
-    let mut long: Vec<String> = ["src", "plugin/src", "protocol/src"]
+    let places = [
+        "src",
+        "plugin",
+        "protocol",
+        "tests",
+        "integrations",
+        "benches",
+    ];
+    let mut long: Vec<String> = places
         .iter()
         .flat_map(|place| sources(&root().join(place)))
         .filter(|file| std::fs::read_to_string(file).unwrap().lines().count() > 400)

@@ -1,8 +1,6 @@
-"""Guests that are held still for the instant: the real agent, a real guest, and who is killed between."""
+"""Guests that are frozen for the instant: the real agent, a real guest, and who is killed between."""
 
-import itertools
 import os
-import pathlib
 import signal
 import ssl
 import subprocess
@@ -11,130 +9,14 @@ import time
 
 from . import support
 from .agent import Agent, Gate
+from .frozen import SECONDS, Frozen, Probe, guardian_of, has_ended, wait_for
 from .guest import Disk, Guest
-from .machines import Relay, Vm, make_image, virtio
-from .support import PLUGIN, QEMU, QEMU_7_2, Backup, Rig, Wire, ours
+from .machines import Relay
+from .support import PLUGIN, QEMU_7_2, Backup, Rig, ours
 from .targets import Authority
 from .test_host import HOST
 
-SECONDS = support.SECONDS
 DEADLINE = 1000  # ms; where a test waits for it
-
-
-def wait_for(what, condition):
-    """Looks until it is so."""
-    end = time.monotonic() + SECONDS
-    while not condition():
-        if time.monotonic() > end:
-            raise TimeoutError(f"not {what} after {SECONDS} s")
-        time.sleep(0.01)
-
-
-def guardian_of(pid, missing=False):
-    """The process id of the plugin's guardian, its only child; None: it may be missing, and is."""
-    children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    if missing and not children:
-        return None
-    (child,) = children
-    words = pathlib.Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-    if missing and b"guardian" not in words:
-        return None  # It is the plugin's copy still, and becomes the guardian.
-    if b"guardian" not in words:
-        raise AssertionError(words)
-    return int(child)
-
-
-class Probe:
-    """A process of the guest that writes to each file system once."""
-
-    numbers = itertools.count(1)
-
-    def __init__(self, guest, filesystems):
-        self.guest = guest
-        self.done = f"/tmp/probe{next(self.numbers)}"
-        writes = " && ".join(f"echo x >/mnt/{number}/probe && sync" for number in range(filesystems))
-        self.pid = guest.run(f"sh ({writes} && touch {self.done}) >/dev/null 2>&1 & echo $!")
-
-    def wait_stuck(self):
-        """Until it waits for a thaw."""
-        place = f"sh cat /proc/{self.pid}/wchan 2>/dev/null || true"
-        wait_for("stuck", lambda: "percpu_rwsem" in self.guest.run(place))
-
-    def wait_through(self):
-        wait_for("through", lambda: self.guest.run(f"sh ls {self.done} 2>/dev/null || true"))
-
-
-class Frozen(support.Test):
-    """One guest with two ext4, for all tests; between the plugin and its monitor stands a gate."""
-
-    qemu = QEMU
-
-    @classmethod
-    def setUpClass(cls):
-        cls.rig = Rig(Guest([Disk(iothread=cls.qemu == QEMU), Disk(format="raw")], qemu=cls.qemu), proxy=Gate)
-        cls.addClassCleanup(cls.rig.close)
-        cls.guest, cls.gate = cls.rig.machine, cls.rig.proxy
-        for number in (0, 1):
-            cls.guest.run(f"mkfs disk{number}")
-            cls.guest.run(f"mount disk{number} /mnt/{number}")
-        cls.agent = cls.guest.start_agent()
-
-    def setUp(self):
-        self.wire = None
-        self.addCleanup(self.is_over)
-
-    def is_over(self):
-        """Nothing is frozen, and nothing is left."""
-        if self.gate.is_shut:
-            self.gate.drop()
-        if self.wire:
-            self.wire.close()
-        self.probe().wait_through()
-        with Agent(self.guest.agent) as agent:
-            self.assertEqual("thawed", agent.call("guest-fsfreeze-status"))
-        with self.rig.plugin() as plugin:
-            # What a killed plugin has left.
-            plugin.call("reclaim", {"monitor": self.rig.monitor}, SECONDS)
-        self.assertEqual([], ours(self.rig.qmp))
-
-    def start(self):
-        """A plugin in a process group of its own, as a host's service has one."""
-        self.wire = Wire(["setsid", *self.rig.command("--log", "error")])
-        return self.wire
-
-    def consistency(self, policy="require", deadline=None):
-        params = {"kind": "agent", "socket": self.guest.agent, "policy": policy}
-        return {**params, "deadline_ms": deadline} if deadline else params
-
-    def begin(self, consistency):
-        """Sends backup.begin: its id."""
-        return self.wire.send("backup.begin", {"monitor": self.rig.monitor, "consistency": consistency})
-
-    def reach(self, consistency):
-        """A plugin whose guest is held, before the instant: the id of its backup.begin."""
-        self.start()
-        self.gate.shut()
-        id = self.begin(consistency)
-        self.assertTrue(self.gate.reached.wait(SECONDS))
-        return id
-
-    def probe(self):
-        return Probe(self.guest, 2)
-
-    def fails(self, code, id):
-        """The error of a request."""
-        error = self.wire.reply(id).get("error")
-        self.assertIsNotNone(error)
-        self.assertEqual(code, error["data"]["code"], error)
-        self.assertEqual("unchanged", error["data"]["state_left"])
-        self.assertEqual([], ours(self.rig.qmp))
-        return error
-
-    def abort(self, id):
-        """The reply of a backup.begin, which is ended."""
-        result = self.wire.reply(id)["result"]
-        self.wire.call("backup.abort", {"backup": result["backup"]})
-        return result["consistency"]
 
 
 class Agents(Frozen):
@@ -461,81 +343,6 @@ class Group(support.Test):
             probe.wait_through()
 
 
-class Paused(support.Test):
-    qemu = QEMU
-
-    def setUp(self):
-        places = support.Places()
-        self.addCleanup(places.close)
-        image = places.folder / "a.img"
-        make_image(image, "qcow2", "8M")
-        self.rig = Rig(Vm(virtio("a", image, "qcow2"), qemu=self.qemu), places.folder, proxy=Gate)
-        self.addCleanup(self.rig.close)
-        self.gate = self.rig.proxy
-        self.wire = Wire(self.rig.command())
-        self.addCleanup(self.wire.close)
-        self.params = {"monitor": self.rig.monitor, "consistency": {"kind": "pause"}}
-
-    def status(self):
-        return self.rig.qmp.command("query-status")["status"]
-
-    def reach(self):
-        self.rig.qmp.command("cont")
-        self.gate.shut()
-        id = self.wire.send("backup.begin", self.params)
-        self.assertTrue(self.gate.reached.wait(SECONDS))
-        self.assertEqual("paused", self.status())
-        return id
-
-    def test_while_it_runs(self):
-        id = self.reach()
-        self.gate.open()
-        found = self.wire.reply(id)["result"]["consistency"]
-        self.assertEqual("pause", found["kind"])
-        self.assertEqual("running", self.status())
-        self.assertNotIn("frozen_ms", found)
-        self.assertGreater(found["paused_ms"], 0)
-
-    def test_what_did_not_run_does_not_run_afterwards(self):
-        before = self.status()
-        found = self.wire.call("backup.begin", self.params)["consistency"]
-        self.assertEqual({"kind": "pause", "paused_ms": 0}, found)
-        self.assertEqual(before, self.status())
-
-    def test_the_plugin_is_killed(self):
-        self.reach()
-        self.wire.process.kill()
-        self.wire.wait()
-        self.gate.drop()
-        wait_for("running", lambda: self.status() == "running")
-
-    def test_somebody_continues_it(self):
-        id = self.reach()
-        self.rig.qmp.command("cont")
-        self.gate.open()
-        self.assertEqual("consistency_lost", self.wire.reply(id)["error"]["data"]["code"])
-        self.assertEqual([], ours(self.rig.qmp))
-
-    def test_cancelled(self):
-        id = self.reach()
-        self.wire.call("cancel", {"id": id})
-        self.gate.open()
-        self.assertEqual("cancelled", self.wire.reply(id)["error"]["data"]["code"])
-        self.assertEqual("running", self.status())
-        self.assertEqual([], ours(self.rig.qmp))
-
-    def test_the_guardian_is_killed(self):
-        id = self.reach()
-        os.kill(guardian_of(self.wire.process.pid), signal.SIGKILL)
-        self.gate.open()
-        self.assertEqual("pause", self.wire.reply(id)["result"]["consistency"]["kind"])
-        self.assertEqual("running", self.status())
-
-
-class PausedQemu7(Paused):
-    qemu = QEMU_7_2
-
-
 class Guardians(support.Test):
     def test_is_nothing_to_be_run_by_hand(self):
         done = subprocess.run([PLUGIN, "guardian"], stdin=subprocess.DEVNULL, capture_output=True, timeout=SECONDS)
@@ -543,11 +350,3 @@ class Guardians(support.Test):
         for arguments in (["--help"], ["man"]):
             told = subprocess.run([PLUGIN, *arguments], capture_output=True, text=True, check=True)
             self.assertNotIn("guardian", told.stdout)
-
-
-def has_ended(pid):
-    """Also where its parent has not noticed."""
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
-        return True

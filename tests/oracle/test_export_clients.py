@@ -10,7 +10,7 @@ import urllib.parse
 
 from .guest import MIB
 from .nbd import DATA, READ, REQUEST, WRITE, Nbd, NbdError, OldNbd
-from .test_export import SOON, Machine, program
+from .exports import SOON, Machine, program
 
 # Longest that QEMU may take to wait for all I/O, in seconds, on a machine that has other work.
 DRAIN = 1
