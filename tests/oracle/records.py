@@ -34,6 +34,7 @@ class Host:
         if self.request:
             self.image.close()
         self.checker, self.failed = Checker(), None
+        self.wire.pace = 0
         self.image = open(self.places.folder / "streamed.raw", "wb")
         self.request = self.send(method, {"backup": self.backup, "disk": self.disk, **params})
 
@@ -41,6 +42,7 @@ class Host:
         return self.wire.send(method, params)
 
     def cancel(self):
+        self.wire.pace = support.SLOWLY
         return self.send("cancel", {"id": self.request})
 
     def take(self):

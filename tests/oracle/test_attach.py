@@ -73,13 +73,12 @@ class Attach(Life):
         self.assertEqual("usable", self.listed()["dev-a"]["tuesday"]["health"])
 
     def test_a_stream_goes_on_from_the_last_ack(self):
-        # More than all that is on its way to the host can be.
         self.write(f"write -P 5 0 {SIZE}")
         self.begin(base=None, **KEEP)
         stream = Stream(self.rig.image("dev-a"))
         self.read(self.wire, "dev-a", stream, until=FIRST + 65536)
+        self.wire.pace = support.SLOWLY
         asked = self.wire.send("backup.ack", {"backup": self.began["backup"], "disk": "dev-a", "offset": FIRST})
-        self.wire.wait_taken()
         resume = self.wire.reply(asked)["result"]["resume"]
         self.assertLessEqual(MIB, resume)
         kept = [record for record in stream.records if record.get("offset", 0) + record.get("length", 0) <= resume]

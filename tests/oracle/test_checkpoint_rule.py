@@ -152,6 +152,7 @@ class CheckpointRule(support.Test):
 
     def test_cancel_of_a_stream_leaves_the_backup_open(self):
         wire, backup, stream = self.reading()
+        wire.pace = support.SLOWLY
         cancel = wire.send("cancel", {"id": stream})
         answers = {}
         while len(answers) < 2:

@@ -261,9 +261,11 @@ class Hosts(support.Test):
         stream = self.wire.send("backup.read", {**self.params, "release": "on_ack"})
         while self.wire.receive()[0].get("method") != "record":
             pass
+        self.wire.pace = support.SLOWLY / 100  # For many small records.
         map = self.wire.send("backup.map", self.params)
         self.wire.send("cancel", {"id": stream})
         self.assertEqual(["cancelled", "stream_active"], self.outcomes(stream, map))
+        self.wire.pace = 0
         self.the_stream_is_right()
 
     def test_a_map_and_a_map(self):
@@ -280,8 +282,10 @@ class Hosts(support.Test):
 
     def test_cancel(self):
         map = self.wire.send("backup.map", self.params)
+        self.wire.pace = support.SLOWLY
         cancel = self.wire.send("cancel", {"id": map})
         self.assertEqual(["cancelled", {"found": True}], self.outcomes(map, cancel))
+        self.wire.pace = 0
         self.the_stream_is_right()
 
     def test_an_abort_during_a_map(self):

@@ -35,8 +35,9 @@ class Part:
         if not self._cancelled and record.get("offset", 0) >= self._enough and "length" in record:
             self._cancelled = True
             self._plugin.start("cancel", {"id": self._id})
-            # It is read while nothing goes on: the rest has no room on its way here (see DATA).
-            time.sleep(0.2)
+        if self._cancelled:
+            # The rest has no room on its way here (see DATA).
+            time.sleep(support.SLOWLY)
 
     def up_to(self, offset):
         """The records that end at or before an offset."""
