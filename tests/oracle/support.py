@@ -25,6 +25,8 @@ from fleece_host.stream import Checker, StreamFailed, read_stream, write_record 
 
 PLUGIN = os.environ.get("QEMU_FLEECE", str(ROOT / "target/debug/qemu-fleece"))
 QEMU_7_2 = str(RIG / "qemu-7.2/qemu-system-x86_64")
+# What Debian has for a release of its: 10.1 at least.
+QEMU_NEW = str(RIG / "qemu-new/qemu-system-x86_64")
 DAEMON_7_2 = str(RIG / "qemu-7.2/qemu-storage-daemon")
 PREFIX = "qf-"
 SECONDS = 60

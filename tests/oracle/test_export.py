@@ -9,7 +9,7 @@ from . import support
 from .exports import ZERO, Machine, device, program
 from .guest import MIB, Disk, Guest
 from .nbd import DATA, READ, TRIM, WRITE, ZEROES, Nbd, NbdError, copy, dirty
-from .support import DAEMON, DAEMON_7_2, QEMU, QEMU_7_2, Backup, Rig, io, make_image
+from .support import DAEMON, DAEMON_7_2, QEMU, QEMU_7_2, QEMU_NEW, Backup, Rig, io, make_image
 from .test_matrix import BusyDaemon
 
 # The writers stay below; what happens above is known.
@@ -175,13 +175,19 @@ class Busy(support.Test):
                 at = offset + length
 
     def test_a_guest(self):
+        self.guest(QEMU)
+
+    def test_a_guest_of_a_new_qemu(self):
+        self.guest(QEMU_NEW)
+
+    def guest(self, qemu):
         disks = [
             # No multiple of anything but a sector.
             Disk(size=20 * MIB + 1536, format="raw", iothread=True),
             Disk(size=24 * MIB),
             Disk(size=20 * MIB + 512, cluster_size=2 * MIB, iothread=True),
         ]
-        with Rig(Guest(disks, qemu=QEMU)) as rig:
+        with Rig(Guest(disks, qemu=qemu)) as rig:
             self.backups(rig, ["disk0", "disk1", "disk2"])
 
     def test_a_storage_daemon(self):

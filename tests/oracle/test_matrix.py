@@ -10,7 +10,7 @@ import tempfile
 
 from . import support
 from .guest import MIB, Disk, Guest
-from .support import DAEMON, DAEMON_7_2, QEMU, QEMU_7_2, Backup, Relay, Rig
+from .support import DAEMON, DAEMON_7_2, QEMU, QEMU_7_2, QEMU_NEW, Backup, Relay, Rig
 
 # The writers stay below; what happens above is known.
 QUIET = 16 * MIB
@@ -143,6 +143,10 @@ class Matrix(support.Test):
 
     def test_qemu_7_2(self):
         with self.guest(QEMU_7_2, False) as rig:
+            self.backups(rig, TARGETS)
+
+    def test_qemu_new(self):
+        with self.guest(QEMU_NEW, True) as rig:
             self.backups(rig, TARGETS)
 
     def test_a_monitor_over_tcp(self):
