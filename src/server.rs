@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use tokio::sync::Mutex;
+use tokio::time::Instant;
 use tracing::debug;
 
 use crate::error::{Error, Kind, Result};
@@ -42,6 +43,13 @@ pub(crate) const SERVER_DIR: &str = "-nbd";
 
 /// How long it may take to see whether anybody listens there.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
+
+/// How long a socket gets until nobody listens any more: with io_uring (QEMU 11.1) the kernel
+/// closes it some time after QEMU has, or has died.
+const LINGERS: Duration = Duration::from_secs(1);
+
+/// How often it is looked at meanwhile.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
 
 /// The server of one monitor; clones share it.
 #[derive(Clone, Debug, Default)]
@@ -161,7 +169,7 @@ impl Server {
             // Somebody of ours has yet to be taken over, or reclaimed: the server is theirs.
             return Ok(());
         }
-        if stopped.is_err() && is_listening(&dir.join(SOCKET)).await.unwrap_or(true) {
+        if stopped.is_err() && stays(&dir.join(SOCKET)).await.unwrap_or(true) {
             // Lost with the monitor's connection: whoever reclaims it knows it by its socket.
             return stopped.map(drop);
         }
@@ -246,7 +254,7 @@ pub(crate) async fn stop_old(qmp: &Qmp, socket: &Path, ran: bool) -> Result<()> 
             Err(error) if error.chain().contains("not running") => ran,
             stopped => {
                 stopped?;
-                is_listening(socket).await?
+                stays(socket).await?
             }
         };
         if is_foreign {
@@ -261,6 +269,18 @@ async fn is_listening(socket: &Path) -> Result<bool> {
     let socket = socket.to_owned();
     let connect = move || Ok(UnixStream::connect(socket).is_ok());
     file_call::within(CONNECT_DEADLINE, connect).await
+}
+
+/// Whether somebody listens there still, once nobody should.
+async fn stays(socket: &Path) -> Result<bool> {
+    let end = Instant::now() + LINGERS;
+    while is_listening(socket).await? {
+        if Instant::now() >= end {
+            return Ok(true);
+        }
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+    Ok(false)
 }
 
 /// Removes a server's directory. One with anything but a socket in it is none of ours.

@@ -7,7 +7,7 @@ from . import support
 from .guest import MIB
 from .life import BASE, SIZE
 from .pushes import SOME, SOON, TIMEOUT, Pushes
-from .support import QEMU_7_2, Backup, Wire
+from .support import QEMU_7_2, QEMU_NEW, Backup, Wire
 from .targets import scripts, until
 
 
@@ -336,6 +336,13 @@ class FaultsIn72(Faults):
             self.fails("qemu_unsupported", backup, target, discard_source=True)
             self.pushed(backup, target)
             self.equal(target["path"])
+
+
+class KilledInNew(Pushes):
+    """With io_uring, what a dead QEMU had open is open for a while."""
+
+    qemu = QEMU_NEW
+    test_qemu_is_killed = Faults.test_qemu_is_killed
 
 
 class TwoDisks(Pushes):
