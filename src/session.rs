@@ -29,7 +29,7 @@ use crate::guard::{self, Guard, Notice};
 use crate::opening::TRANSACTION_DEADLINE;
 use crate::plan::DiskPlan;
 use crate::qemu::step::{self, Lasting, Names};
-use crate::qemu::{Event, Qmp};
+use crate::qemu::{Event, Qmp, query};
 use crate::room::{self, Room};
 use crate::saved::SavedDisk;
 use crate::stake::Stake;
@@ -266,6 +266,9 @@ impl Session {
         if parts.is_empty() {
             return Ok(done);
         }
+        // An overlay that came meanwhile has closed them: their images store nothing any more.
+        let nodes = query::named_block_nodes(&self.qmp).await?;
+        let is_closed = |name: &str| nodes.iter().any(|node| node.node_name == name && node.ro);
         let lasting: Vec<Lasting<'_>> = parts
             .iter()
             .map(|(disk, pending, bitmap)| Lasting {
@@ -273,7 +276,7 @@ impl Session {
                 pending,
                 bitmap,
                 granularity: GRANULARITY,
-                persistent: disk.plan.disk.persistent_bitmaps,
+                persistent: disk.plan.disk.persistent_bitmaps && !is_closed(&disk.plan.disk.node),
             })
             .collect();
         self.qmp

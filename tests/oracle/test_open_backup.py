@@ -3,7 +3,7 @@
 from .guest import MIB
 from .life import BASE, SIZE, Layered
 from .qmp import QmpError
-from .support import QEMU_7_2, Backup, Rig, Vm, Wire, make_image, virtio
+from .support import QEMU_7_2, QEMU_NEW, Backup, Rig, Vm, Wire, make_image, virtio
 
 
 class OpenBackup(Layered):
@@ -195,3 +195,7 @@ class OpenBackup(Layered):
 
 class OpenBackupIn72(OpenBackup):
     qemu = QEMU_7_2
+
+
+class OpenBackupInNew(OpenBackup):
+    qemu = QEMU_NEW
