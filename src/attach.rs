@@ -11,11 +11,12 @@ use std::sync::Arc;
 
 use tracing::info;
 
+use crate::abilities::Abilities;
 use crate::checkpoint::{Checkpoint, Name};
 use crate::error::{Error, Kind, Result};
 use crate::plan::{Base, DiskPlan};
 use crate::qemu::discover::{self, Disk};
-use crate::qemu::query::{self, Version};
+use crate::qemu::query;
 use crate::qemu::step::Names;
 use crate::qemu::{Qmp, Schema};
 use crate::reclaim::{self, Found, State};
@@ -60,8 +61,8 @@ pub async fn attach(qmp: &Qmp, server: &Server, id: &str) -> Result<Session> {
     let plans = plans(qmp, &found, &session).await?;
     let version = query::version(qmp).await?;
     let schema = Schema::probe(qmp).await?;
-    let can_discard_source = schema.has_argument("blockdev-backup", "discard-source");
-    let made = (version, can_discard_source);
+    let scratch = room::Wish::resumed(&session.scratch);
+    let abilities = Abilities::new(version, &schema, &scratch);
     let chain = Name::parse(&session.chain)?;
     let leftovers = found.consumer_teardown(true).run(&turn).await;
     if !leftovers.is_empty() {
@@ -85,11 +86,10 @@ pub async fn attach(qmp: &Qmp, server: &Server, id: &str) -> Result<Session> {
     let disks = disks.map(|(place, (plan, saved))| {
         let names = Names::new(id, place);
         let progress = found.progress.get(&place);
-        let view = view(qmp, &names, &address, &plan, made, progress);
+        let view = view(qmp, &names, &address, &plan, abilities, progress);
         SessionDisk::new(plan, saved.changed_bytes, names, Arc::new(view))
     });
     let disks = disks.collect();
-    let scratch = room::Wish::resumed(&session.scratch);
     // It is needed for warnings only.
     let room = room::find(&scratch, &[]).await.unwrap_or_default();
     info!(session = id, "point in time taken over");
@@ -113,7 +113,7 @@ fn view(
     names: &Names,
     address: &crate::nbd::Address,
     plan: &DiskPlan,
-    made: (Version, bool),
+    abilities: Abilities,
     progress: Option<&Progress>,
 ) -> View {
     let scratch = Scratch::Node(names.scratch_file());
@@ -122,7 +122,7 @@ fn view(
         names.clone(),
         address.clone(),
         plan,
-        made,
+        abilities,
         scratch,
     );
     // Without a word of it that can be true, nothing is known to be there still.

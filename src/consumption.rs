@@ -43,7 +43,7 @@ pub(crate) struct Consumption {
     /// A stream gives back what it reads: after a crash nobody knows how far it was.
     pub(crate) flowing: bool,
     /// The view before this offset is given back; 0: none of it.
-    released: u64,
+    pub(crate) released: u64,
     /// Where the stream can go on, in the words of whoever streams.
     mark: Option<String>,
 }

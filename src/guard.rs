@@ -6,9 +6,11 @@
 //!         give up: the disk's job is cancelled, its room freed, cont -----> Notice::GivenUp
 //!         wait:    until there is room (released by the host, or made), cont -> Notice::Resumed
 //! tick: all scratch together over its limit ----> the largest is given up
+//!       QEMU has given one up by itself --------> its room freed -----> Notice::GivenUp
 //! ```
 //! An event is an occasion to look: what QEMU says of its devices decides.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -82,6 +84,8 @@ pub struct Guard {
     stopped: Option<(Instant, Vec<Arc<View>>)>,
     /// When a disk was given up last.
     gave_up: Option<Instant>,
+    /// The disks that were given up.
+    given_up: HashSet<String>,
 }
 
 impl Guard {
@@ -101,6 +105,7 @@ impl Guard {
             notices,
             stopped: None,
             gave_up: None,
+            given_up: HashSet::new(),
         }
     }
 
@@ -223,20 +228,16 @@ impl Guard {
     }
 
     async fn has_room(&self, full: &[Arc<View>]) -> bool {
-        let dir = self.wish.dir.clone();
-        let free = tokio::task::spawn_blocking(move || rustix::fs::statvfs(&dir));
-        let free = match free.await {
-            Ok(Ok(system)) => system.f_bavail.saturating_mul(system.f_frsize),
-            _ => 0,
-        };
         let cap = self.wish.cap().unwrap_or(u64::MAX);
         let enough = ENOUGH.min(cap / 4);
         for view in full {
-            if view.scratch_bytes().await > cap - enough {
+            if view.scratch_bytes().await > cap - enough
+                || view.scratch_free(&self.wish.dir).await < enough
+            {
                 return false;
             }
         }
-        free >= enough
+        true
     }
 
     async fn go_on(&mut self, views: &[Arc<View>], what: What) -> Result<()> {
@@ -248,8 +249,25 @@ impl Guard {
         Ok(())
     }
 
+    /// What QEMU has given up by itself: it tells nobody.
+    async fn find_broken(&mut self) -> Result<()> {
+        for view in self.views.clone() {
+            if !view.can_break() || self.given_up.contains(view.disk()) {
+                continue;
+            }
+            let is_short = !self.has_room(std::slice::from_ref(&view)).await;
+            // Whoever reads it may have found out.
+            if view.is_lost() || (is_short && !view.is_spent() && view.has_broken().await) {
+                self.give_up(&view).await?;
+                self.tell(&view, What::GivenUp, None).await;
+            }
+        }
+        Ok(())
+    }
+
     /// All scratch together; and a guest that waits for room.
     async fn measure(&mut self) -> Result<()> {
+        self.find_broken().await?;
         match (&self.stopped, self.wish.on_full) {
             (Some(_), OnFull::Wait) => self.wait().await?,
             (Some(_), OnFull::GiveUp) => self.look().await?,
@@ -280,6 +298,7 @@ impl Guard {
             "scratch is full: the point in time is given up"
         );
         view.lose();
+        self.given_up.insert(view.disk().to_owned());
         let job = view.names().job();
         let cancelled = job::cancel(&self.qmp, &job, GIVE_UP_DEADLINE).await;
         cancelled.map_err(|error| {

@@ -3,8 +3,10 @@
 //!
 //! `ARCHITECTURE.md` shows the layers and lists the invariants by number.
 
+pub mod abilities;
 pub mod attach;
 pub mod begin;
+mod broken;
 pub mod buffer;
 pub mod chain;
 pub mod change;

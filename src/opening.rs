@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use crate::abilities::Abilities;
 use crate::checkpoint::GRANULARITY;
 use crate::error::{Error, Kind, Result};
 use crate::nbd::Address;
@@ -62,12 +63,9 @@ pub struct Member {
 pub(crate) struct Opening {
     member: Member,
     cancel: CancellationToken,
-    version: Version,
-    can_discard_source: bool,
+    abilities: Abilities,
     stake: Stake,
     room: Room,
-    /// QEMU gives up a disk's point in time by itself when its scratch is full.
-    breaks: bool,
     time_ms: u64,
     disks: Vec<Planned>,
     address: Address,
@@ -103,20 +101,18 @@ impl Opening {
         let schema = Schema::probe(qmp).await?;
         refuse_what_is_lacking(&schema)?;
         let room = room::find(&member.scratch, &plans).await?;
-        let breaks = schema.has_argument("blockdev-backup", "on-cbw-error");
-        if !breaks {
+        let abilities = Abilities::new(version, &schema, &member.scratch);
+        if !abilities.breaks {
             discover::find_stops(qmp, plans.iter_mut().map(|plan| &mut plan.disk)).await?;
         }
         let mut teardown = Teardown::default();
-        let made = make(&member, plans, breaks, &mut teardown, cancel).await;
+        let made = make(&member, plans, abilities.breaks, &mut teardown, cancel).await;
         match made {
             Ok((stake, disks, address)) => Ok(Self {
                 cancel: cancel.clone(),
-                version,
-                can_discard_source: schema.has_argument("blockdev-backup", "discard-source"),
+                abilities,
                 stake,
                 room,
-                breaks,
                 time_ms,
                 disks,
                 address,
@@ -152,7 +148,7 @@ impl Opening {
                 checkpoint: plan.checkpoint.as_ref().map(|_| GRANULARITY),
             })
             .collect();
-        let transaction = step::point_in_time(&instants, self.breaks);
+        let transaction = step::point_in_time(&instants, self.abilities.breaks);
         for Planned { plan, names, .. } in &self.disks {
             let node = plan.disk.node.clone();
             if plan.base.is_some() {
@@ -252,7 +248,7 @@ impl Opening {
             names.clone(),
             self.address.clone(),
             &plan,
-            (self.version, self.can_discard_source),
+            self.abilities,
             scratch,
         );
         let keep_unchanged = self.member.wish.keep_unchanged;

@@ -5,9 +5,9 @@
 //! anything is opened, and [`crate::guard`] watches the rest.
 //!
 //! A disk whose device cannot stop its guest on a full disk (NVMe; `werror=report`; a
-//! storage daemon's) would get an I/O error instead where QEMU cannot give up the copy
-//! (below 10.1): for such a disk all the room that it can ever need is taken beforehand, in an
-//! incremental too.
+//! storage daemon's) would get an I/O error instead where QEMU cannot give up the copy (below
+//! 10.1), or must not, because the host has its guests wait: for such a disk all the room that
+//! it can ever need is taken beforehand, in an incremental too.
 
 use std::fs::{File, Metadata};
 use std::os::unix::fs::MetadataExt;

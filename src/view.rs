@@ -9,6 +9,8 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use crate::abilities::Abilities;
+use crate::broken::Probe;
 use crate::checkpoint::GRANULARITY;
 use crate::consumption::{Consumption, Released, Work};
 use crate::entry;
@@ -17,7 +19,7 @@ use crate::export::{self, Exported, Gate};
 use crate::extent::{Range, inner_aligned, length, next_cut};
 use crate::nbd::{Address, Client, Cursor, status};
 use crate::plan::DiskPlan;
-use crate::qemu::query::{self, Version};
+use crate::qemu::query;
 use crate::qemu::step::Names;
 use crate::qemu::{Qmp, note};
 use crate::relay::Socket;
@@ -68,8 +70,9 @@ pub struct View {
     size: u64,
     incremental: bool,
     granularity: u64,
-    version: Version,
-    can_discard_source: bool,
+    abilities: Abilities,
+    /// Where it can break.
+    probe: Option<Probe>,
     scratch: Scratch,
     state: Mutex<State>,
     /// Held while QEMU itself works on the view: the session ends after that.
@@ -81,15 +84,15 @@ pub struct View {
 }
 
 impl View {
-    /// A view of `plan`'s disk, made of the objects `names` in a QEMU of this version, whose
-    /// backup jobs can discard their source or not, and exported at `address`.
+    /// A view of `plan`'s disk, made of the objects `names` in a QEMU with these abilities, and
+    /// exported at `address`.
     #[must_use]
     pub fn new(
         qmp: Qmp,
         names: Names,
         address: Address,
         plan: &DiskPlan,
-        (version, can_discard_source): (Version, bool),
+        abilities: Abilities,
         scratch: Scratch,
     ) -> Self {
         Self {
@@ -100,8 +103,8 @@ impl View {
             size: plan.disk.size,
             incremental: plan.base.is_some(),
             granularity: plan.granularity(),
-            version,
-            can_discard_source,
+            probe: abilities.breaks.then(Probe::default),
+            abilities,
             scratch,
             state: Mutex::new(State {
                 consumption: Consumption::new(plan.disk.size),
@@ -155,7 +158,7 @@ impl View {
 
     /// Whether a push can give back what it has written.
     pub(crate) fn can_discard_source(&self) -> bool {
-        self.can_discard_source
+        self.abilities.discards_source
     }
 
     /// Waits until QEMU does not work on it, and lets nobody else begin.
@@ -178,7 +181,8 @@ impl View {
     /// Whether a client that reads as it likes is answered rightly. See [`View::read_max`].
     #[must_use]
     pub fn reads_rightly(&self) -> bool {
-        (self.version.major, self.version.minor) >= FIRST_RIGHT
+        let version = self.abilities.version;
+        (version.major, version.minor) >= FIRST_RIGHT
     }
 
     /// Longest read of the view, and whether its allocation can be asked for.
@@ -246,6 +250,21 @@ impl View {
     /// Whether its point in time was given up.
     pub(crate) fn is_lost(&self) -> bool {
         self.state().lost
+    }
+
+    /// What lies before it was given back.
+    pub(crate) fn released(&self) -> u64 {
+        self.state().consumption.released
+    }
+
+    /// Whether QEMU can give it up by itself.
+    pub(crate) fn can_break(&self) -> bool {
+        self.probe.is_some()
+    }
+
+    /// Bytes that are free where its scratch lies, which is `dir`; 0 when that cannot be told.
+    pub(crate) async fn scratch_free(&self, dir: &Path) -> u64 {
+        self.scratch.free(dir).await
     }
 
     /// Frees the room of scratch that nobody needs any more.
@@ -558,31 +577,55 @@ impl View {
         self.blame_job(error).await
     }
 
-    /// Turns any error into `PointInTimeLost` where the job that keeps it does not run.
+    /// Turns any error into `PointInTimeLost` where the job that keeps it does not run, and a
+    /// refusal into `ScratchFull` where QEMU has given it up.
     pub(crate) async fn blame_job(&self, error: Error) -> Error {
+        let runs = self.job_runs().await;
+        let is_refused = matches!(error.kind(), Kind::NbdRefused | Kind::QemuRefused);
+        if is_refused && matches!(runs, Ok(true)) && self.is_broken().await {
+            self.lose();
+        }
         if let Some(full) = self.scratch_full() {
             return full.leaving(error.leftovers().to_vec());
         }
-        let lost = |why: Error| {
-            let offset = why.offset();
-            let lost = Error::new(Kind::PointInTimeLost, "reading the point in time")
-                .because(why)
-                .on_disk(self.disk.clone());
-            match offset {
-                Some(offset) => lost.at(offset),
-                None => lost,
-            }
+        let why = match runs {
+            Ok(true) => return error.on_disk(self.disk.clone()),
+            Ok(false) => error,
+            Err(closed) => closed,
         };
-        match query::jobs(&self.qmp).await {
-            Ok(jobs)
-                if jobs
-                    .iter()
-                    .any(|job| job.id == self.names.job() && job.status == "running") =>
-            {
-                error.on_disk(self.disk.clone())
-            }
-            Ok(_) => lost(error),
-            Err(closed) => lost(closed),
+        let offset = why.offset();
+        let lost = Error::new(Kind::PointInTimeLost, "reading the point in time")
+            .because(why)
+            .on_disk(self.disk.clone());
+        match offset {
+            Some(offset) => lost.at(offset),
+            None => lost,
         }
+    }
+
+    /// Whether QEMU has given it up by itself, as far as can be told.
+    pub(crate) async fn has_broken(&self) -> bool {
+        matches!(self.job_runs().await, Ok(true)) && self.is_broken().await
+    }
+
+    async fn job_runs(&self) -> Result<bool> {
+        let jobs = query::jobs(&self.qmp).await?;
+        let is_ours = |job: &query::Job| job.id == self.names.job() && job.status == "running";
+        Ok(jobs.iter().any(is_ours))
+    }
+
+    /// As [`View::has_broken`], while the job runs: without, all is refused too.
+    async fn is_broken(&self) -> bool {
+        let Some(probe) = &self.probe else {
+            return false;
+        };
+        probe.is_broken(self).await.unwrap_or_else(|error| {
+            warn!(
+                disk = self.disk,
+                error = error.chain(),
+                "whether it is broken is not known"
+            );
+            false
+        })
     }
 }

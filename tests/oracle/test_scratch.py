@@ -9,7 +9,7 @@ import time
 from . import support
 from .guest import MIB, Disk, Guest
 from .strace import traced
-from .support import QEMU, QEMU_7_2, Backup, PluginError, Relay, Rig, Vm, blockdev, make_image, virtio
+from .support import QEMU, QEMU_7_2, QEMU_NEW, Backup, PluginError, Relay, Rig, Vm, blockdev, make_image, virtio
 
 SECONDS = support.SECONDS
 SIZE = 64 * MIB
@@ -71,12 +71,7 @@ class Scratch(support.Test):
         self.guest.run("write disk0 0 32M 5")
         backup = Backup(self.plugin, self.rig.monitor, base="monday", checkpoint="tuesday", **params)
         written = self.overwrite()
-        self.assertEqual("dev0", self.heard("high")["disk"])
-        full = self.heard("full")
-        self.assertEqual("dev0", full["disk"])
-        gone = self.heard("given_up")
-        self.assertEqual("dev0", gone["disk"])
-        self.assertLess(gone["paused_ms"], 2000)
+        paused = self.heard_given_up()
         self.assertEqual("", written.get(timeout=SECONDS))
         self.unharmed()
         target = {"kind": "file", "path": f"{self.rig.folder}/pushed", "format": "qcow2", "backing": self.backing()}
@@ -96,6 +91,15 @@ class Scratch(support.Test):
         self.assertEqual("incremental", again.disks["dev0"]["mode"])
         self.rig.compare(self, again, {"dev0": "disk0", "dev1": "disk1"})
         again.abort()
+        return paused
+
+    def heard_given_up(self):
+        """How long the guest stood still, in milliseconds."""
+        for event in ("high", "full"):
+            self.assertEqual("dev0", self.heard(event)["disk"])
+        gone = self.heard("given_up")
+        self.assertEqual("dev0", gone["disk"])
+        self.assertLess(gone["paused_ms"], 2000)
         return gone["paused_ms"]
 
     def backing(self):
@@ -209,17 +213,20 @@ class Scratch(support.Test):
             if method == "scratch":
                 return params
 
+    # How a device that cannot stop its guest comes to need all the room beforehand.
+    reserving = {}
+
     def test_a_device_that_cannot_stop_its_guest(self):
         """NVMe: all the room is taken beforehand, or there is no backup; never an I/O error."""
         self.boot("nvme")
         with Mounted("tmpfs", 32 * MIB) as folder:
             for scratch in ({"dir": folder, "min_free_bytes": 0}, {"disk_max_bytes": CAP}):
-                params = {"monitor": self.rig.monitor, "scratch": scratch}
+                params = {"monitor": self.rig.monitor, "scratch": {**scratch, **self.reserving}}
                 data = self.refused("scratch_unavailable", self.plugin, "backup.begin", params)
                 self.assertEqual(("dev0", "unchanged"), (data["disk"], data["state_left"]))
                 self.assertEqual([], support.ours(self.rig.qmp))
         with Mounted("tmpfs", 80 * MIB) as folder:
-            backup = Backup(self.plugin, self.rig.monitor, scratch={"dir": folder})
+            backup = Backup(self.plugin, self.rig.monitor, scratch={"dir": folder, **self.reserving})
             # Somebody takes what is left, and the guest overwrites all of the disk twice.
             fill(f"{folder}/theirs")
             self.overwrite(length="64M", seed=3).get(timeout=SECONDS)
@@ -239,11 +246,12 @@ class Scratch(support.Test):
         self.guest.run("write disk0 0 1M 5")
         params = {"monitor": self.rig.monitor, "base": "monday"}
         with Mounted("tmpfs", 32 * MIB) as folder:
-            scratch = {"dir": folder, "min_free_bytes": 0}
+            scratch = {"dir": folder, "min_free_bytes": 0, **self.reserving}
             data = self.refused("scratch_unavailable", self.plugin, "backup.begin", {**params, "scratch": scratch})
             self.assertEqual(("dev0", "unchanged"), (data["disk"], data["state_left"]))
         with Mounted("tmpfs", 80 * MIB) as folder:
-            backup = Backup(self.plugin, **params, scratch={"dir": folder}, keep_unchanged=True)
+            scratch = {"dir": folder, **self.reserving}
+            backup = Backup(self.plugin, **params, scratch=scratch, keep_unchanged=True)
             self.assertEqual("incremental", backup.disks["dev0"]["mode"])
             fill(f"{folder}/theirs")
             self.assertEqual("", self.overwrite(length="64M").get(timeout=SECONDS))
@@ -258,6 +266,72 @@ class ScratchOn72(Scratch):
 
     def systems(self):
         return ("tmpfs",)
+
+
+class ScratchOnNew(Scratch):
+    """QEMU gives up the point in time by itself: no guest ever stops, whatever its device can."""
+
+    qemu = QEMU_NEW
+    reserving = {"on_full": "wait"}
+    # These differ in nothing.
+    test_given_up_on_scsi = test_all_disks_together = test_an_incremental_of_such_a_device = None
+    test_it_goes_on_when_the_backup_ends = test_it_goes_on_when_the_host_ends = None
+
+    def systems(self):
+        return ("tmpfs",)
+
+    def heard_given_up(self):
+        while (notice := self.heard_any())["event"] == "high":
+            pass
+        self.assertEqual(("given_up", "dev0"), (notice["event"], notice["disk"]))
+        self.assertNotIn("paused_ms", notice)
+        events = self.rig.qmp.events
+        self.assertNotIn("STOP", [events.get()["event"] for _ in range(events.qsize())])
+        return 0
+
+    def gone(self, plugin, backup, method="read", left="backup_open", **params):
+        params |= {"backup": backup, "disk": "dev0"}
+        error = plugin.start(f"backup.{method}", params, on_record=lambda *_: None).exception(SECONDS)
+        data = (error.code, error.data["action"], error.data["state_left"])
+        self.assertEqual(("scratch_full", "free_space", left), data)
+
+    def test_under_a_push(self):
+        """Which is what finds out, or is told."""
+        self.boot("virtio-blk")
+        target = {"kind": "file", "path": f"{self.rig.folder}/pushed", "format": "raw"}
+        for discard, left in (False, "backup_open"), (True, "disk_spent"):
+            with self.subTest(left):
+                backup = Backup(self.plugin, self.rig.monitor, scratch={"disk_max_bytes": CAP})
+                written = self.overwrite()
+                push = {"target": target, "speed": 4 * MIB, "discard_source": discard}
+                self.gone(self.plugin, backup.id, "push", left, **push)
+                self.goes_on(written)
+                self.assertEqual([], backup.abort()["leftovers"])
+                self.assertEqual([], support.ours(self.rig.qmp))
+                self.assertFalse(os.path.exists(target["path"]))
+
+    def test_nobody_was_there_when_it_was_full(self):
+        """Nobody needs to have the guest go on; whoever takes over learns of it."""
+        self.boot("virtio-blk")
+        backup = Backup(self.plugin, self.rig.monitor, scratch={"disk_max_bytes": CAP}, keep_ms=60000)
+        self.plugin._process.kill()
+        self.plugin._process.wait()
+        self.goes_on(self.overwrite())
+        with self.rig.plugin() as plugin:
+            plugin.call("backup.attach", {"monitor": self.rig.monitor, "backup": backup.id}, SECONDS)
+            self.gone(plugin, backup.id)
+            plugin.call("backup.abort", {"backup": backup.id}, SECONDS)
+        self.assertEqual([], support.ours(self.rig.qmp))
+
+    def test_a_device_that_would_not_stop(self):
+        """No room is taken beforehand."""
+        self.boot("nvme")
+        backup = Backup(self.plugin, self.rig.monitor, scratch={"disk_max_bytes": CAP})
+        written = self.overwrite()
+        self.heard_given_up()
+        self.goes_on(written)
+        self.gone(self.plugin, backup.id)
+        backup.abort()
 
 
 class Place(support.Test):
