@@ -38,6 +38,7 @@ class Vm(Machine):
     """A QEMU whose processor does not run; `io` writes as its guest would. Has these disks."""
 
     def __init__(self, arguments, qemu=QEMU):
+        self.qemu = qemu
         start = [qemu, "-S", "-machine", "q35", "-accel", "tcg", "-nodefaults", "-display", "none"]
         super().__init__([*start, *arguments])
 

@@ -71,6 +71,7 @@ class Proxy:
         self._numbers = itertools.count(1 + max(used, default=0))
         self._report = report or (lambda result: None)
         self.on_command = lambda name: None  # called when a client's command is with QEMU
+        self.copies_first = False  # a client hears of its transaction once the copies are complete
         self._rounds = {}  # under way, by number
         self._results = {}
         self._changed = threading.Condition()
@@ -363,6 +364,8 @@ class Session:
             return line
         round_, given = found
         self.proxy.settle(round_, "return" in message)
+        if self.proxy.copies_first:
+            self.proxy.wait(round_.number)
         with self._answered:
             del self._open[json.dumps(message["id"])]
             self._answered.notify_all()
