@@ -131,7 +131,8 @@ class Rig(Places):
         self.proxy = self.qmp = None
         try:
             self.proxy = proxy(str(self.folder / "qmp"), *machine.qmp[:2], self.copies)
-            # QEMU 7.2 hangs, once in some hundred times, in a write by `io` beside the copying.
+            # QEMU 7.2 hangs now and then in a write beside the copying; without it, it was not
+            # seen to.
             self.proxy.copies_first = isinstance(machine, Vm) and machine.qemu == QEMU_7_2
             self.qmp = Qmp(machine.qmp[2])
         except BaseException:
