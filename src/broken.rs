@@ -6,11 +6,12 @@
 //! the last that is to be read:  refused too?  yes: it is broken
 //!                                             no:  what was refused had been given back
 //! ```
-//! What is given back is refused in the same way, and the last is given back last.
+//! What is given back is refused in the same way, and the last is given back last, but for pushes
+//! that give back what they have written: of those only what they find out themselves counts.
 
 use tokio::sync::OnceCell;
 
-use crate::error::{Kind, Result};
+use crate::error::{Error, Kind, Result};
 use crate::nbd::{Cursor, status};
 use crate::view::View;
 
@@ -43,11 +44,15 @@ impl Probe {
         client.close().await;
         match answered {
             Ok(()) => Ok(false),
-            // A consumer may have come to it meanwhile.
-            Err(error) if error.kind() == Kind::NbdRefused => Ok(view.released() <= last),
+            // QEMU's EACCES, of which NBD knows nothing. A consumer may have come to it meanwhile.
+            Err(error) if is_denied(&error) => Ok(view.released() <= last),
             Err(error) => Err(error),
         }
     }
+}
+
+fn is_denied(error: &Error) -> bool {
+    error.kind() == Kind::NbdRefused && error.chain().contains("EINVAL")
 }
 
 async fn find_last(view: &View) -> Result<Option<u64>> {

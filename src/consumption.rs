@@ -126,6 +126,11 @@ impl Consumption {
         Ok(())
     }
 
+    /// Whether a push works on it, or has given back what it wrote.
+    pub(crate) fn is_pushed(&self) -> bool {
+        self.spent || self.work == Work::Whole
+    }
+
     /// Nobody works on it any more.
     pub(crate) fn stop(&mut self) {
         self.work = Work::None;

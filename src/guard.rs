@@ -11,6 +11,7 @@
 //! An event is an occasion to look: what QEMU says of its devices decides.
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,10 +23,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::error::{Error, Kind, Result};
+use crate::file_call::{self, Held};
 use crate::qemu::{Event, Qmp, job, query};
 use crate::room::{OnFull, Room, Wish};
 use crate::standstill::{is_full, is_stopped};
 use crate::view::View;
+
+/// How long a file system gets to tell what is free.
+const LOOKED_AT_SOON: Duration = Duration::from_secs(2);
 
 /// How often scratch is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -86,6 +91,8 @@ pub struct Guard {
     gave_up: Option<Instant>,
     /// The disks that were given up.
     given_up: HashSet<String>,
+    /// The directory of scratch, held open to tell what is free there.
+    dir: Option<Held>,
 }
 
 impl Guard {
@@ -106,6 +113,7 @@ impl Guard {
             stopped: None,
             gave_up: None,
             given_up: HashSet::new(),
+            dir: None,
         }
     }
 
@@ -114,6 +122,7 @@ impl Guard {
         self.arm().await;
         // Nobody has listened so far.
         let mut looked = self.look().await;
+        self.dir = self.open_dir().await;
         let mut tick = tokio::time::interval(LOOK_EVERY);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -138,6 +147,25 @@ impl Guard {
         if let Err(error) = self.look().await {
             warn!(error = error.chain(), "a guest may stand still");
         }
+    }
+
+    async fn open_dir(&self) -> Option<Held> {
+        let dir = self.wish.dir.clone();
+        let open = move || {
+            File::open(&dir).map_err(|error| {
+                Error::new(Kind::ScratchUnavailable, "opening its directory").because(error)
+            })
+        };
+        let opened = file_call::within(LOOKED_AT_SOON, open).await;
+        opened.ok().map(Held::new)
+    }
+
+    /// Bytes that are free where scratch lies; 0 when that cannot be told.
+    async fn free_bytes(&self) -> u64 {
+        let Some(dir) = &self.dir else { return 0 };
+        let look = |dir: &File| Ok(rustix::fs::fstatvfs(dir)?);
+        let looked = dir.call(LOOKED_AT_SOON, look).await;
+        looked.map_or(0, |system| system.f_bavail.saturating_mul(system.f_frsize))
     }
 
     /// Has QEMU say when a disk's scratch comes near what it may take.
@@ -231,13 +259,11 @@ impl Guard {
         let cap = self.wish.cap().unwrap_or(u64::MAX);
         let enough = ENOUGH.min(cap / 4);
         for view in full {
-            if view.scratch_bytes().await > cap - enough
-                || view.scratch_free(&self.wish.dir).await < enough
-            {
+            if view.scratch_bytes().await > cap - enough {
                 return false;
             }
         }
-        true
+        self.free_bytes().await >= enough
     }
 
     async fn go_on(&mut self, views: &[Arc<View>], what: What) -> Result<()> {
@@ -255,14 +281,21 @@ impl Guard {
             if !view.can_break() || self.given_up.contains(view.disk()) {
                 continue;
             }
-            let is_short = !self.has_room(std::slice::from_ref(&view)).await;
             // Whoever reads it may have found out.
-            if view.is_lost() || (is_short && !view.is_spent() && view.has_broken().await) {
+            if view.is_lost() || self.has_broken(&view).await {
                 self.give_up(&view).await?;
                 self.tell(&view, What::GivenUp, None).await;
             }
         }
         Ok(())
+    }
+
+    async fn has_broken(&self, view: &View) -> bool {
+        let cap = self.wish.cap().unwrap_or(u64::MAX);
+        let is_short = view.scratch_bytes().await > cap.saturating_sub(ENOUGH)
+            || self.free_bytes().await < ENOUGH;
+        // A push that has begun meanwhile may have given back what was asked for.
+        is_short && view.has_broken().await && !view.is_pushed()
     }
 
     /// All scratch together; and a guest that waits for room.
@@ -298,7 +331,6 @@ impl Guard {
             "scratch is full: the point in time is given up"
         );
         view.lose();
-        self.given_up.insert(view.disk().to_owned());
         let job = view.names().job();
         let cancelled = job::cancel(&self.qmp, &job, GIVE_UP_DEADLINE).await;
         cancelled.map_err(|error| {
@@ -306,6 +338,7 @@ impl Guard {
                 .because(error)
                 .on_disk(view.disk())
         })?;
+        self.given_up.insert(view.disk().to_owned());
         view.empty_scratch().await;
         self.gave_up = Some(Instant::now());
         Ok(())

@@ -240,9 +240,9 @@ pub(crate) async fn reserve(file: &File, dir: &Path, bytes: u64, cap: Option<u64
 }
 
 fn unreserved(dir: &Path, bytes: u64, why: String) -> Error {
-    let needed = "the disk's device cannot stop the guest when scratch is full, and this QEMU \
-                  would give it an I/O error; QEMU 10.1 would not, nor would virtio-blk or \
-                  virtio-scsi with werror=enospc";
+    let needed = "the disk's device cannot stop the guest when scratch is full, and would \
+                  give it an I/O error; QEMU 10.1 would not, unless it is to wait, nor would \
+                  virtio-blk or virtio-scsi with werror=enospc";
     let why = format!("{bytes} bytes cannot be reserved there: {why}. They are needed: {needed}");
     unfit(dir, why)
 }

@@ -97,26 +97,6 @@ impl Scratch {
         }
     }
 
-    /// Bytes that are free where the file lies, which is `dir`; 0 when that cannot be told.
-    pub(crate) async fn free(&self, dir: &Path) -> u64 {
-        let looked = match self {
-            Self::Held(file) => {
-                let look = |file: &File| Ok(rustix::fs::fstatvfs(file)?);
-                file.call(LOOKED_AT_SOON, look).await
-            }
-            Self::Node(_) => {
-                let dir = dir.to_owned();
-                let look = move || {
-                    let doing = "asking a file system for its room";
-                    rustix::fs::statvfs(&dir)
-                        .map_err(|error| Error::new(Kind::ScratchUnavailable, doing).because(error))
-                };
-                file_call::within(LOOKED_AT_SOON, look).await
-            }
-        };
-        looked.map_or(0, |system| system.f_bavail.saturating_mul(system.f_frsize))
-    }
-
     /// Bytes that the file takes now; 0 when that cannot be told.
     pub async fn allocated(&self, qmp: &Qmp) -> u64 {
         match self {

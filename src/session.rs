@@ -266,23 +266,45 @@ impl Session {
         if parts.is_empty() {
             return Ok(done);
         }
-        // An overlay that came meanwhile has closed them: their images store nothing any more.
-        let nodes = query::named_block_nodes(&self.qmp).await?;
-        let is_closed = |name: &str| nodes.iter().any(|node| node.node_name == name && node.ro);
-        let lasting: Vec<Lasting<'_>> = parts
+        let mut lasting: Vec<Lasting<'_>> = parts
             .iter()
             .map(|(disk, pending, bitmap)| Lasting {
                 node: &disk.plan.disk.node,
                 pending,
                 bitmap,
                 granularity: GRANULARITY,
-                persistent: disk.plan.disk.persistent_bitmaps && !is_closed(&disk.plan.disk.node),
+                persistent: disk.plan.disk.persistent_bitmaps,
             })
             .collect();
-        self.qmp
-            .execute_raw_within("transaction", step::commit(&lasting), TRANSACTION_DEADLINE)
-            .await?;
+        match self.run_commit(&lasting).await {
+            Err(error) if error.kind() == Kind::QemuRefused => {
+                // QEMU 11.1 takes none to be stored in an image that an overlay has closed
+                // meanwhile. It records all the same, as long as QEMU runs.
+                let nodes = query::named_block_nodes(&self.qmp).await?;
+                let mut changed = false;
+                for disk in lasting.iter_mut().filter(|disk| disk.persistent) {
+                    let mut its = nodes.iter().filter(|node| node.node_name == disk.node);
+                    if its.any(|node| node.ro) {
+                        disk.persistent = false;
+                        changed = true;
+                    }
+                }
+                if !changed {
+                    return Err(error);
+                }
+                self.run_commit(&lasting).await?;
+            }
+            committed => committed?,
+        }
         Ok(done)
+    }
+
+    async fn run_commit(&self, lasting: &[Lasting<'_>]) -> Result<()> {
+        let commit = step::commit(lasting);
+        let run = self
+            .qmp
+            .execute_raw_within("transaction", commit, TRANSACTION_DEADLINE);
+        run.await.map(drop)
     }
 
     async fn delete_checkpoints(

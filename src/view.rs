@@ -262,11 +262,6 @@ impl View {
         self.probe.is_some()
     }
 
-    /// Bytes that are free where its scratch lies, which is `dir`; 0 when that cannot be told.
-    pub(crate) async fn scratch_free(&self, dir: &Path) -> u64 {
-        self.scratch.free(dir).await
-    }
-
     /// Frees the room of scratch that nobody needs any more.
     pub(crate) async fn empty_scratch(&self) {
         self.scratch.empty().await;
@@ -321,6 +316,11 @@ impl View {
     #[must_use]
     pub fn is_spent(&self) -> bool {
         self.state().consumption.spent
+    }
+
+    /// Whether a push works on it, or has given back what it wrote.
+    pub(crate) fn is_pushed(&self) -> bool {
+        self.state().consumption.is_pushed()
     }
 
     /// A push could not take this away.

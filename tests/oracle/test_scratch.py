@@ -291,11 +291,33 @@ class ScratchOnNew(Scratch):
         self.assertNotIn("STOP", [events.get()["event"] for _ in range(events.qsize())])
         return 0
 
-    def gone(self, plugin, backup, method="read", left="backup_open", **params):
-        params |= {"backup": backup, "disk": "dev0"}
-        error = plugin.start(f"backup.{method}", params, on_record=lambda *_: None).exception(SECONDS)
+    def gone(self, plugin, backup):
+        params = {"backup": backup, "disk": "dev0"}
+        self.tells_full(plugin.start("backup.read", params, on_record=lambda *_: None))
+
+    def tells_full(self, future, left="backup_open"):
+        error = future.exception(SECONDS)
         data = (error.code, error.data["action"], error.data["state_left"])
         self.assertEqual(("scratch_full", "free_space", left), data)
+
+    def test_what_has_room_is_not_given_up(self):
+        """What was given back is refused as what is broken is."""
+        self.boot("virtio-blk")
+        target = {"kind": "file", "path": f"{self.rig.folder}/pushed", "format": "raw"}
+        for way in ("read", "push"):
+            with self.subTest(way):
+                # So little that it is looked at all the time.
+                backup = Backup(self.plugin, self.rig.monitor, scratch={"disk_max_bytes": CAP})
+                self.assertEqual("", self.overwrite(length="1M").get(timeout=SECONDS))
+                if way == "read":
+                    backup.read_all(self.rig)
+                    self.rig.compare(self, backup, {"dev0": "disk0"})
+                else:
+                    push = {"backup": backup.id, "disk": "dev0", "target": target, "discard_source": True}
+                    self.plugin.call("backup.push", push, SECONDS)
+                time.sleep(2)
+                self.assertEqual([], [told for told in self.notices.queue if told[0] == "scratch"])
+                self.assertEqual([], backup.commit()["leftovers"])
 
     def test_under_a_push(self):
         """Which is what finds out, or is told."""
@@ -304,9 +326,10 @@ class ScratchOnNew(Scratch):
         for discard, left in (False, "backup_open"), (True, "disk_spent"):
             with self.subTest(left):
                 backup = Backup(self.plugin, self.rig.monitor, scratch={"disk_max_bytes": CAP})
-                written = self.overwrite()
                 push = {"target": target, "speed": 4 * MIB, "discard_source": discard}
-                self.gone(self.plugin, backup.id, "push", left, **push)
+                future = self.plugin.start("backup.push", {"backup": backup.id, "disk": "dev0", **push})
+                written = self.overwrite()
+                self.tells_full(future, left)
                 self.goes_on(written)
                 self.assertEqual([], backup.abort()["leftovers"])
                 self.assertEqual([], support.ours(self.rig.qmp))
