@@ -149,7 +149,11 @@ impl Guard {
         }
     }
 
+    /// Where what is free there counts at all.
     async fn open_dir(&self) -> Option<Held> {
+        if self.wish.on_full == OnFull::GiveUp && !self.views.iter().any(|view| view.can_break()) {
+            return None;
+        }
         let dir = self.wish.dir.clone();
         let open = move || {
             File::open(&dir).map_err(|error| {

@@ -29,6 +29,7 @@ mod hidden;
 pub mod image;
 pub mod inspect;
 pub mod join;
+mod lasting;
 pub mod manage;
 pub mod map;
 pub mod nbd;

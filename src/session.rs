@@ -26,10 +26,10 @@ use crate::change;
 use crate::checkpoint::{Checkpoint, GRANULARITY, Id, Name};
 use crate::error::{Error, Kind, Result};
 use crate::guard::{self, Guard, Notice};
-use crate::opening::TRANSACTION_DEADLINE;
+use crate::lasting;
 use crate::plan::DiskPlan;
 use crate::qemu::step::{self, Lasting, Names};
-use crate::qemu::{Event, Qmp, query};
+use crate::qemu::{Event, Qmp};
 use crate::room::{self, Room};
 use crate::saved::SavedDisk;
 use crate::stake::Stake;
@@ -266,45 +266,15 @@ impl Session {
         if parts.is_empty() {
             return Ok(done);
         }
-        let mut lasting: Vec<Lasting<'_>> = parts
-            .iter()
-            .map(|(disk, pending, bitmap)| Lasting {
-                node: &disk.plan.disk.node,
-                pending,
-                bitmap,
-                granularity: GRANULARITY,
-                persistent: disk.plan.disk.persistent_bitmaps,
-            })
-            .collect();
-        match self.run_commit(&lasting).await {
-            Err(error) if error.kind() == Kind::QemuRefused => {
-                // QEMU 11.1 takes none to be stored in an image that an overlay has closed
-                // meanwhile. It records all the same, as long as QEMU runs.
-                let nodes = query::named_block_nodes(&self.qmp).await?;
-                let mut changed = false;
-                for disk in lasting.iter_mut().filter(|disk| disk.persistent) {
-                    let mut its = nodes.iter().filter(|node| node.node_name == disk.node);
-                    if its.any(|node| node.ro) {
-                        disk.persistent = false;
-                        changed = true;
-                    }
-                }
-                if !changed {
-                    return Err(error);
-                }
-                self.run_commit(&lasting).await?;
-            }
-            committed => committed?,
-        }
+        let parts = parts.iter().map(|(disk, pending, bitmap)| Lasting {
+            node: &disk.plan.disk.node,
+            pending,
+            bitmap,
+            granularity: GRANULARITY,
+            persistent: disk.plan.disk.persistent_bitmaps,
+        });
+        lasting::make(&self.qmp, parts.collect()).await?;
         Ok(done)
-    }
-
-    async fn run_commit(&self, lasting: &[Lasting<'_>]) -> Result<()> {
-        let commit = step::commit(lasting);
-        let run = self
-            .qmp
-            .execute_raw_within("transaction", commit, TRANSACTION_DEADLINE);
-        run.await.map(drop)
     }
 
     async fn delete_checkpoints(
