@@ -60,6 +60,8 @@ class Qmp:
             self.command("query-name")
         except QmpError as error:
             return "no reply" in str(error)
+        except OSError:
+            pass  # It is gone.
         finally:
             self.timeout = before
         return False
