@@ -43,7 +43,6 @@ class Guest:
     """
 
     def __init__(self, disks, qemu="qemu-system-x86_64", memory=256, cpus=1, arguments=()):
-        self.qemu = qemu
         self.folder = pathlib.Path(tempfile.mkdtemp(prefix="fleece-guest-"))
         self.qmp = [str(self.folder / f"qmp{n}") for n in range(3)]
         self.agent = str(self.folder / "agent")

@@ -50,22 +50,6 @@ class Qmp:
             raise QmpError(f"{name}: {reply['error']['desc']}")
         return reply["return"]
 
-    def is_stuck(self, seconds=3):
-        """Whether QEMU is there, and answers nothing."""
-        if not self._lock.acquire(timeout=seconds):
-            return True
-        self._lock.release()
-        before, self.timeout = self.timeout, seconds
-        try:
-            self.command("query-name")
-        except QmpError as error:
-            return "no reply" in str(error)
-        except OSError:
-            pass  # It is gone.
-        finally:
-            self.timeout = before
-        return False
-
     def wait_event(self, name, **data):
         """Skips to the next event of that name with that data."""
         while True:

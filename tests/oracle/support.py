@@ -29,7 +29,6 @@ QEMU_7_2 = str(RIG / "qemu-7.2/qemu-system-x86_64")
 QEMU_NEW = str(RIG / "qemu-new/qemu-system-x86_64")
 DAEMON_7_2 = str(RIG / "qemu-7.2/qemu-storage-daemon")
 PREFIX = "qf-"
-HUNG = []  # The processes of QEMU 7.2 that did not answer at their end.
 SECONDS = 60
 # Seconds between two messages for a host that reads slowly: what it says in the middle of a
 # stream is acted on there, and not behind its end.
@@ -48,28 +47,10 @@ class Test(unittest.TestCase):
         before = signal.signal(signal.SIGALRM, late)
         signal.alarm(self.limit)
         try:
-            if getattr(self, "qemu", None) == QEMU_7_2:
-                return self._run_on_7_2(result)
             return super().run(result)
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, before)
-
-    def _run_on_7_2(self, result):
-        """Once more where QEMU itself stood still: 7.2 does now and then (docs/qemu-versions.md)."""
-        hung_before, trial = len(HUNG), unittest.TestResult()
-        super().run(trial)
-        if not trial.wasSuccessful() and len(HUNG) > hung_before:
-            print(f"{self.id()}: QEMU 7.2 stood still. Once more.", file=sys.stderr)
-            signal.alarm(self.limit)
-            return super().run(result)
-        result.startTest(self)
-        if trial.wasSuccessful():
-            result.addSuccess(self)
-        result.failures += trial.failures
-        result.errors += trial.errors
-        result.stopTest(self)
-        return result
 
     def refused(self, code, plugin, method, params):
         """The error's data; it must be of this code."""
@@ -200,8 +181,6 @@ class Rig(Places):
         }
 
     def close(self):
-        if self.qmp and getattr(self.machine, "qemu", None) == QEMU_7_2 and self.qmp.is_stuck():
-            HUNG.append(self.machine.process.pid)
         self.machine.close()
         if self.qmp:
             self.qmp.close()
