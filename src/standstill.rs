@@ -13,6 +13,7 @@ use tracing::{info, warn};
 
 use crate::error::Result;
 use crate::qemu::Qmp;
+use crate::qemu::discover::where_known;
 use crate::qemu::query::{self, BlockDevice};
 use crate::teardown::Teardown;
 
@@ -27,7 +28,8 @@ const STOPPED: &str = "io-error";
 /// # Errors
 /// QEMU's, the monitor's.
 pub(crate) async fn is_stopped(qmp: &Qmp) -> Result<bool> {
-    Ok(query::status(qmp).await?.as_deref() == Some(STOPPED))
+    let status = where_known(query::status(qmp).await)?;
+    Ok(status.as_deref() == Some(STOPPED))
 }
 
 /// Whether the write of a device found no room, on or below this node.

@@ -406,12 +406,26 @@ class Checkpoints(support.Test):
 
 
 class StorageDaemon(support.Test):
-    def test_checkpoints_in_a_storage_daemon(self):
-        places = support.Places()
-        self.addCleanup(places.close)
-        image = places.folder / "a.qcow2"
+    def setUp(self):
+        self.places = support.Places()
+        self.addCleanup(self.places.close)
+        image = self.places.folder / "a.qcow2"
         make_image(image, "qcow2", 16 * MIB)
-        with Rig(Daemon(["--blockdev", blockdev("a", image, "qcow2")])) as rig, rig.plugin() as plugin:
+        self.rig = Rig(Daemon(["--blockdev", blockdev("a", image, "qcow2")]))
+        self.addCleanup(self.rig.close)
+
+    def test_a_backup_is_nothing_to_warn_of(self):
+        """There is no guest that could stand still."""
+        log = self.places.folder / "log"
+        with open(log, "wb") as file, support.Plugin(self.rig.command(), stderr=file) as plugin:
+            backup = Backup(plugin, self.rig.monitor, checkpoint="one")
+            backup.read_all(self.rig)
+            self.assertEqual(["a"], backup.commit()["committed"])
+        self.assertEqual("", log.read_text())
+
+    def test_checkpoints(self):
+        rig = self.rig
+        with rig.plugin() as plugin:
             params = {"monitor": rig.monitor, "checkpoint": "one"}
             plugin.call("checkpoint.create", params)
             words = [{"disk": "a", "changed": [[0, 65536]], "id": "x1"}]
