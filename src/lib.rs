@@ -8,6 +8,7 @@ pub mod attach;
 pub mod begin;
 mod broken;
 pub mod buffer;
+mod callers;
 pub mod chain;
 pub mod change;
 pub mod checkpoint;

@@ -19,6 +19,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tracing::debug;
 
+use crate::callers;
 use crate::error::{Error, Kind, Result};
 use crate::file_call;
 use crate::nbd::Address;
@@ -164,7 +165,7 @@ impl Server {
         let Some(Running { dir, .. }) = running.take() else {
             return Ok(());
         };
-        let stopped = stop(qmp).await;
+        let stopped = stop(qmp, &dir.join(SOCKET)).await;
         if let Ok(false) = stopped {
             // Somebody of ours has yet to be taken over, or reclaimed: the server is theirs.
             return Ok(());
@@ -224,7 +225,8 @@ async fn start(qmp: &Qmp, path: &Path) -> Result<()> {
 
 /// Stops the server, unless exports of others have come to use it; `false`: unless sessions
 /// of other processes of ours do.
-async fn stop(qmp: &Qmp) -> Result<bool> {
+async fn stop(qmp: &Qmp, socket: &Path) -> Result<bool> {
+    callers::see_off(qmp, socket).await?;
     let exports = query::block_exports(qmp).await?;
     let mut users = exports.iter().filter(|export| export.kind == "nbd");
     let foreign = users.clone().find(|export| !export.id.starts_with(PREFIX));
@@ -243,12 +245,14 @@ async fn stop(qmp: &Qmp) -> Result<bool> {
 /// uses it. `ran`: it is known to have run.
 pub(crate) async fn stop_old(qmp: &Qmp, socket: &Path, ran: bool) -> Result<()> {
     let dir = socket.parent().unwrap_or(Path::new("/"));
+    // QEMU does not tell where its server is; who listens there does.
+    let listens = is_listening(socket).await?;
+    callers::see_off(qmp, socket).await?;
     let exports = query::block_exports(qmp).await?;
     if exports.iter().any(|export| export.kind == "nbd") {
         return Ok(());
     }
-    // QEMU does not tell where its server is; who listens there does.
-    if is_listening(socket).await? {
+    if listens {
         let is_foreign = match qmp.execute(&qapi::qmp::nbd_server_stop {}).await {
             // Unless it ran, QEMU has the descriptor, and was never told to serve it.
             Err(error) if error.chain().contains("not running") => ran,

@@ -1,0 +1,58 @@
+"""QEMU's NBD server is stopped with the last backup, whoever is connected: QEMU lives on."""
+
+import socket
+
+from .life import BASE, Life
+from .support import QEMU_7_2, QEMU_NEW, SECONDS, Backup, Wire
+
+
+class Server(Life):
+    formats = {"a": "qcow2"}
+
+    def setUp(self):
+        super().setUp()
+        self.boot()
+        self.full()
+
+    def mute(self):
+        """A client that has been greeted, and says nothing."""
+        (path,) = self.rig.runtime.glob("*/nbd.sock")
+        client = socket.socket(socket.AF_UNIX)
+        self.addCleanup(client.close)
+        client.settimeout(SECONDS)
+        client.connect(str(path))
+        self.assertEqual(b"NBDMAGIC", client.recv(8))
+
+    def ended(self):
+        """All is gone, and QEMU does what it is told."""
+        self.assertEqual([], self.left())
+        self.assertEqual([], self.rig.files())
+        self.change()
+        self.next_is({"dev-a": None}, ids=True)
+
+    def test_a_mute_client(self):
+        with self.rig.plugin() as plugin:
+            backup = Backup(plugin, self.rig.monitor, base=BASE)
+            self.mute()
+            self.assertEqual([], backup.abort()["leftovers"])
+            self.ended()
+
+    def test_a_mute_client_of_a_killed_plugin(self):
+        wire = Wire(self.rig.command())
+        wire.call("backup.begin", {"monitor": self.rig.monitor, "base": BASE})
+        self.mute()
+        wire.process.kill()
+        wire.close()
+        with self.rig.plugin() as plugin:
+            self.assertEqual([], Backup(plugin, self.rig.monitor, base=BASE).abort()["leftovers"])
+        self.ended()
+
+
+class ServerOf72(Server):
+    """It would wait for a client that negotiates, and not listen to it."""
+
+    qemu = QEMU_7_2
+
+
+class ServerOfNew(Server):
+    qemu = QEMU_NEW
