@@ -64,7 +64,8 @@ impl Lines {
     ///
     /// # Errors
     /// [`Kind::MonitorProtocol`] for a line over [`MAX_LINE_BYTES`], or one that is
-    /// no JSON object. The monitor must not be used any more.
+    /// no JSON object. It stays, and the monitor must not be used any more, unless it is
+    /// passed over.
     pub fn next_message(&mut self) -> Result<Option<Message>> {
         let broken = |why: String| {
             Error::new(Kind::MonitorProtocol, "reading a line of the monitor").because(why)
@@ -101,6 +102,14 @@ impl Lines {
             if message.is_some() {
                 return Ok(message);
             }
+        }
+    }
+
+    /// Drops the line that was refused.
+    pub fn pass_over(&mut self) {
+        if let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
+            self.buffer.drain(..=end);
+            self.scanned = 0;
         }
     }
 }
