@@ -30,7 +30,7 @@ use crate::qemu::{Qmp, query};
 const STOPS_BESIDE_CALLERS: (u32, u32) = (8, 2);
 
 /// How long callers get to be gone: QEMU gives each ten seconds to negotiate.
-const DEADLINE: Duration = Duration::from_secs(12);
+const DEADLINE: Duration = Duration::from_secs(20);
 
 /// How often it is looked at meanwhile, and how long one look may take.
 const LOOK_EVERY: Duration = Duration::from_millis(20);

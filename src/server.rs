@@ -47,7 +47,7 @@ const CONNECT_DEADLINE: Duration = Duration::from_secs(2);
 
 /// How long a socket gets until nobody listens any more: with io_uring (QEMU 11.1) the kernel
 /// closes it some time after QEMU has, or has died.
-const LINGERS: Duration = Duration::from_secs(1);
+const LINGERS: Duration = Duration::from_secs(3);
 
 /// How often it is looked at meanwhile.
 const LOOK_EVERY: Duration = Duration::from_millis(20);

@@ -97,9 +97,12 @@ mod tests {
         (sender, JobEvents::new(events, JOB.into()))
     }
 
+    const SOON: Duration = Duration::from_millis(50);
+    const PATIENT: Duration = Duration::from_secs(60);
+
     /// Whether something of the job is told before the time is up.
-    async fn is_told(events: &mut JobEvents) -> bool {
-        let end = Instant::now() + Duration::from_millis(50);
+    async fn is_told(events: &mut JobEvents, time: Duration) -> bool {
+        let end = Instant::now() + time;
         events.next(end).await;
         Instant::now() < end
     }
@@ -122,7 +125,7 @@ mod tests {
     async fn an_error_that_was_heard_while_waiting_is_remembered() {
         let (sender, mut events) = events();
         sender.send(error(JOB, "read")).unwrap();
-        assert!(is_told(&mut events).await);
+        assert!(is_told(&mut events, PATIENT).await);
         assert!(events.read_failed());
     }
 
@@ -140,18 +143,18 @@ mod tests {
     async fn it_waits_for_the_job_only() {
         let (sender, mut events) = events();
         sender.send(noise()).unwrap();
-        assert!(!is_told(&mut events).await);
+        assert!(!is_told(&mut events, SOON).await);
         let status = |id: &str| event("JOB_STATUS_CHANGE", json!({"id": id, "status": "paused"}));
         sender.send(status("theirs")).unwrap();
-        assert!(!is_told(&mut events).await);
+        assert!(!is_told(&mut events, SOON).await);
         sender.send(status(JOB)).unwrap();
-        assert!(is_told(&mut events).await);
+        assert!(is_told(&mut events, PATIENT).await);
         // Something may have been missed.
         for _ in 0..=KEPT {
             sender.send(noise()).unwrap();
         }
-        assert!(is_told(&mut events).await);
+        assert!(is_told(&mut events, PATIENT).await);
         drop(sender);
-        assert!(!is_told(&mut events).await);
+        assert!(!is_told(&mut events, SOON).await);
     }
 }

@@ -21,6 +21,9 @@ use crate::view::NBD_DEADLINE;
 /// How often the job is looked at when it says nothing.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
+/// How long a look may take at least: where it is late because we were, QEMU is asked still.
+const LOOK_DEADLINE: Duration = Duration::from_secs(1);
+
 /// How long the job gets for its end.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -33,7 +36,8 @@ impl Run<'_> {
         let patience = self.patience();
         let mut moved = (0, Instant::now());
         loop {
-            let look = tokio::time::timeout_at(moved.1 + patience, self.look());
+            let end = (moved.1 + patience).max(Instant::now() + LOOK_DEADLINE);
+            let look = tokio::time::timeout_at(end, self.look());
             let job = tokio::select! {
                 biased;
                 () = self.cancel.cancelled() => return Err(cancelled()),

@@ -24,22 +24,26 @@ def wait_for(what, condition):
 def guardian_of(pid, missing=False):
     """The process id of the plugin's guardian, its only child; None: it may be missing, and is."""
     children = pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    if missing and not children:
+    # One before may have ended; and a new one is the plugin's copy first.
+    guardians = [int(child) for child in children if is_guardian(child)]
+    if missing and not guardians:
         return None
-    (child,) = children
-    words = pathlib.Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-    if missing and b"guardian" not in words:
-        return None  # It is the plugin's copy still, and becomes the guardian.
-    if b"guardian" not in words:
-        raise AssertionError(words)
-    return int(child)
+    (guardian,) = guardians
+    return guardian
+
+
+def is_guardian(pid):
+    try:
+        return b"guardian" in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def has_ended(pid):
     """Also where its parent has not noticed."""
     try:
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return True
 
 

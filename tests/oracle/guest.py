@@ -31,6 +31,18 @@ class Disk:
     image: str = ""  # one that is there already; "": a new one
 
 
+def all_write(run, count):
+    """Returns when each of so many writers, w0, w1 and so on, has written once more."""
+    for number in range(count):
+        def writes():
+            return int(run(f"stat w{number}").split()[0].removeprefix("writes="))
+
+        before, end = writes(), time.monotonic() + 60
+        while writes() == before:
+            if time.monotonic() > end:
+                raise TimeoutError(f"w{number} has written nothing for a minute")
+
+
 class GuestError(Exception):
     """The agent answered with an error, or the guest is gone."""
 

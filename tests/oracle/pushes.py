@@ -11,8 +11,8 @@ import time
 from . import support
 from .guest import MIB
 from .life import BASE, SIZE, Life
-from .support import Backup, PluginError
-from .targets import Nbdkit, Server
+from .support import QEMU_7_2, Backup, PluginError
+from .targets import Nbdkit, Server, until
 
 # What `change` of Life, and `setUp` here, change after the base: offset and length in whole clusters.
 CHANGED = [(1 * MIB, 131072), (4 * MIB, MIB), (6 * MIB, 65536), (8 * MIB, 6 * MIB), (15 * MIB, 65536)]
@@ -59,8 +59,10 @@ class Pushes(Life):
         self.addCleanup(server.close)
         return server
 
-    def slow(self, *parameters, delay="50ms", **more):
+    def slow(self, *parameters, delay=None, **more):
         """A server of which each write takes a while: what goes wrong finds a push in its middle."""
+        # The older QEMU writes a cluster at a time, the others a MiB.
+        delay = delay or ("50ms" if self.qemu == QEMU_7_2 else "400ms")
         filters = ["delay", *more.pop("filters", ())]
         return self.nbdkit(f"delay-write={delay}", *parameters, filters=filters, **more)
 
@@ -165,10 +167,18 @@ class Pushes(Life):
             image = raw
         self.assert_equal_files(image, self.rig.oracle()[node], str(image))
 
+    def push_jobs(self):
+        """The jobs of pushes."""
+        return [job for job in self.rig.qmp.command("query-block-jobs") if job["device"].endswith("-push")]
+
+    def hurry(self):
+        """What is pushed slowly, so that it is seen, has been seen: it need not be slow any more."""
+        for job in until(self.push_jobs):
+            self.rig.qmp.command("block-job-set-speed", {"device": job["device"], "speed": 0})
+
     def copied(self):
         """Bytes that QEMU has pushed by now, of all disks."""
-        jobs = self.rig.qmp.command("query-block-jobs")
-        return sum(job["offset"] for job in jobs if job["device"].endswith("-push"))
+        return sum(job["offset"] for job in self.push_jobs())
 
     # --- what holds after each --------------------------------------------------------
 

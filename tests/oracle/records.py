@@ -158,10 +158,15 @@ class Recorded(support.Test):
     def freeze(self, monitor, host):
         """Freezes the monitor while the job runs; the host reads as much as that takes."""
         monitor.freeze()
-        while self.job()["paused"]:
+        while self.will_pause():
             monitor.thaw()
             host.take()
             monitor.freeze()
+
+    def will_pause(self):
+        """Whether the job is paused, or is about to be: what was sent before may come behind the question."""
+        self.job()
+        return self.job()["paused"]
 
     def answers(self):
         """QEMU waits for all I/O at once."""
@@ -211,10 +216,13 @@ class Freezer:
         self.address = f"tcp:127.0.0.1:{self._listener.getsockname()[1]}"
         self._path, self._flows = path, threading.Event()
         self._flows.set()
+        self._passes = threading.Lock()  # held while something is on its way
         threading.Thread(target=self._serve, daemon=True).start()
 
     def freeze(self):
-        self._flows.clear()
+        """What has passed before is with QEMU."""
+        with self._passes:
+            self._flows.clear()
 
     def thaw(self):
         self._flows.set()
@@ -232,15 +240,21 @@ class Freezer:
             server.connect(self._path)
             back = threading.Thread(target=self._pump, args=(server, self._client))
             back.start()
-            self._pump(self._client, server, self._flows.wait)
+            self._pump(self._client, server, self._pass)
             back.join()
 
+    def _pass(self, data, sink):
+        while True:
+            self._flows.wait()
+            with self._passes:
+                if self._flows.is_set():
+                    return sink.sendall(data)
+
     @staticmethod
-    def _pump(source, sink, wait=lambda: None):
+    def _pump(source, sink, carry=lambda data, sink: sink.sendall(data)):
         try:
             while data := source.recv(65536):
-                wait()
-                sink.sendall(data)
+                carry(data, sink)
             sink.shutdown(socket.SHUT_WR)
         except OSError:
             pass  # It was cut, or the other direction has seen the end.

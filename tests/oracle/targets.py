@@ -61,8 +61,8 @@ class Server:
     def suspend(self):
         """From here on it takes nothing and answers nothing, and its connections stay."""
         self.process.send_signal(signal.SIGSTOP)
-        status = pathlib.Path(f"/proc/{self.process.pid}/status")
-        until(lambda: "State:\tT" in status.read_text())
+        tasks = pathlib.Path(f"/proc/{self.process.pid}/task")
+        until(lambda: all("State:\tT" in status.read_text() for status in tasks.glob("*/status")))
 
     def resume(self):
         self.process.send_signal(signal.SIGCONT)

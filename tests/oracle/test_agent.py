@@ -16,20 +16,11 @@ from .support import PLUGIN, QEMU_7_2, Backup, Rig, ours
 from .targets import Authority
 from .test_host import HOST
 
-DEADLINE = 1000  # ms; where a test waits for it
+DEADLINE = 1000  # ms; where a test waits for it, and nothing else has to come first
+LATER = 5000  # ms; where the guest has to be frozen before
 
 
 class Agents(Frozen):
-    def test_frozen_for_less_than_200_ms(self):
-        self.start()
-        times = [1000]
-        # The machine's other work gets in between, but not each time.
-        while min(times) >= 200:
-            self.assertLess(len(times), 30, times)
-            found = self.abort(self.begin(self.consistency()))
-            self.assertEqual(("agent", 2), (found["kind"], found["filesystems"]))
-            times.append(found["frozen_ms"])
-
     def test_the_reference_host(self):
         for options, says in (
             (["--freeze", self.guest.agent], r"consistent: 2 file systems were frozen, for \d+ ms"),
@@ -65,7 +56,7 @@ class Agents(Frozen):
         self.assertEqual("agent", found["kind"])
 
     def test_writes_wait_for_the_instant_and_no_longer(self):
-        id = self.reach(self.consistency())
+        id = self.reach(self.consistency(deadline=60000))
         probe = self.probe()
         probe.wait_stuck()
         self.gate.open()
@@ -104,21 +95,21 @@ class Agents(Frozen):
 
     def test_the_deadline_passes(self):
         began = time.monotonic()
-        id = self.reach(self.consistency(deadline=DEADLINE))
+        id = self.reach(self.consistency(deadline=LATER))
         # The plugin waits for QEMU; the guest does not.
         self.probe().wait_through()
-        self.assertGreater(time.monotonic() - began, DEADLINE / 1000)
+        self.assertGreater(time.monotonic() - began, LATER / 1000)
         self.gate.open()
         self.fails("consistency_lost", id)
         # The same, where the host takes what there is.
         self.gate.shut()
-        id = self.begin(self.consistency("try", DEADLINE))
+        id = self.begin(self.consistency("try", LATER))
         self.gate.reached.wait(SECONDS)
         self.probe().wait_through()
         self.gate.open()
         found = self.abort(id)
         self.assertEqual(("crash", "consistency_lost"), (found["kind"], found["reason"]))
-        self.assertGreaterEqual(found["frozen_ms"], DEADLINE)
+        self.assertGreaterEqual(found["frozen_ms"], LATER)
 
     def test_cancelled(self):
         id = self.reach(self.consistency(deadline=60000))
@@ -130,7 +121,7 @@ class Agents(Frozen):
         self.fails("cancelled", id)
 
     def test_somebody_thaws_one_file_system(self):
-        id = self.reach(self.consistency())
+        id = self.reach(self.consistency(deadline=60000))
         self.guest.run("sh fsfreeze --unfreeze /mnt/1")
         self.gate.open()
         self.assertIn("2 file systems were frozen, and 1 ", self.fails("consistency_lost", id)["message"])
@@ -171,7 +162,7 @@ class Agents(Frozen):
             self.guest.run(f"sh kill -CONT {self.agent}")
 
     def test_it_hangs_when_it_is_to_thaw(self):
-        id = self.reach(self.consistency(deadline=DEADLINE))
+        id = self.reach(self.consistency(deadline=LATER))
         guardian = guardian_of(self.wire.process.pid)
         self.guest.run(f"sh kill -STOP {self.agent}")
         try:
@@ -234,8 +225,8 @@ class OtherAgents(support.Test):
         self.addCleanup(self.rig.close)
         self.guest = self.rig.machine
 
-    def begin(self, plugin, policy):
-        consistency = {"kind": "agent", "socket": self.guest.agent, "policy": policy, "deadline_ms": DEADLINE}
+    def begin(self, plugin, policy, deadline=DEADLINE):
+        consistency = {"kind": "agent", "socket": self.guest.agent, "policy": policy, "deadline_ms": deadline}
         params = {"monitor": self.rig.monitor, "consistency": consistency}
         if policy == "require":
             return params
@@ -251,16 +242,16 @@ class OtherAgents(support.Test):
             # Started later, it gets to hear what was said before: it must not freeze.
             pid = self.guest.start_agent()
             # No disk's file system is mounted.
-            found = self.begin(plugin, "try")
+            found = self.begin(plugin, "try", 60000)
             self.assertEqual(("agent", 0), (found["kind"], found["filesystems"]))
             # One that could freeze and not thaw.
             self.guest.run(f"sh kill {pid}; until [ -z $(ls /proc/{pid}/fd | head -n 1) ]; do :; done")
             self.guest.run("mkfs disk0")
             self.guest.run("mount disk0 /mnt/0")
             self.guest.start_agent("-b", "guest-fsfreeze-thaw")
-            data = self.begin(plugin, "require")
+            data = self.begin(plugin, "require", 60000)
             self.refused("agent_refused", plugin, "backup.begin", data)
-            self.assertEqual("agent_refused", self.begin(plugin, "try")["reason"])
+            self.assertEqual("agent_refused", self.begin(plugin, "try", 60000)["reason"])
             self.guest.run("write /mnt/0/file 0 64K 1")
             # QEMU's socket is not where it should be.
             os.unlink(self.guest.agent)
@@ -329,7 +320,8 @@ class Group(support.Test):
             for rig in rigs:
                 self.assertEqual([], ours(rig.qmp))
                 rig.proxy.shut()
-                members["members"][0]["consistency"]["deadline_ms"] = 60000
+            for each in members["members"]:
+                each["consistency"]["deadline_ms"] = 60000
             future = plugin.start("backup.begin_group", members)
             for rig in rigs:
                 self.assertTrue(rig.proxy.reached.wait(SECONDS))

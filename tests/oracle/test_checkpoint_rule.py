@@ -81,9 +81,10 @@ class CheckpointRule(support.Test):
         wire = Wire(self.rig.command())
         self.addCleanup(wire.close)
         backup = wire.call("backup.begin", self.params)["backup"]
-        stream = wire.send("backup.read", {"backup": backup, "disk": "dev-a"})
+        stream = wire.send("backup.read", {"backup": backup, "disk": "dev-a", "record_max": 65536})
         while True:
             message, _ = wire.receive()
+            self.assertNotEqual(stream, message.get("id"), message)
             if message.get("method") == "record" and message["params"]["record"]["kind"] == "data":
                 return wire, backup, stream
 
@@ -128,6 +129,7 @@ class CheckpointRule(support.Test):
 
     def test_abort_in_the_middle_of_a_stream(self):
         wire, backup, stream = self.reading()
+        wire.pace = support.SLOWLY
         abort = wire.send("backup.abort", {"backup": backup})
         # Both are answered, in any order; the stream says that it is void.
         answers, kinds = {}, []

@@ -7,7 +7,7 @@ import subprocess
 
 from . import support
 from .exports import ZERO, Machine, device, program
-from .guest import MIB, Disk, Guest
+from .guest import MIB, Disk, Guest, all_write
 from .nbd import DATA, READ, TRIM, WRITE, ZEROES, Nbd, NbdError, copy, dirty
 from .support import DAEMON, DAEMON_7_2, QEMU, QEMU_7_2, QEMU_NEW, Backup, Rig, io, make_image
 from .test_matrix import BusyDaemon
@@ -37,7 +37,7 @@ class Busy(support.Test):
                         self.change(run, target, QUIET + (step - 1) * 2 * MIB)
                 params = {"base": base, "checkpoint": f"c{step}", "keep_unchanged": keep}
                 backup = Backup(plugin, rig.monitor, **params)
-                before = self.writes(run, targets)
+                all_write(run, len(targets))
                 exports = {disk: backup.call("export", disk=disk) for disk in backup.disks}
                 self.assertEqual(len(targets), len(exports))
                 for disk, export in exports.items():
@@ -48,8 +48,7 @@ class Busy(support.Test):
                             self.changes(export, image)
                         else:
                             self.all(export, image)
-                for one, other in zip(before, self.writes(run, targets)):
-                    self.assertLess(one, other, "nothing was written meanwhile")
+                all_write(run, len(targets))
                 copies = rig.oracle()
                 for disk, export in exports.items():
                     with self.subTest(disk=disk, base=base, keep_unchanged=keep):
@@ -62,10 +61,6 @@ class Busy(support.Test):
         for number in range(len(targets)):
             run(f"stop w{number}")
         self.assertEqual([], rig.files())
-
-    def writes(self, run, targets):
-        answers = (run(f"stat w{number}") for number in range(len(targets)))
-        return [int(answer.split()[0].removeprefix("writes=")) for answer in answers]
 
     def change(self, run, target, at):
         """Old data that becomes zeros in two ways, and new data."""
@@ -336,21 +331,11 @@ class Reading(Machine):
                 full.commit()
                 backup = Backup(plugin, self.rig.monitor, base=f"base{keep}", keep_unchanged=keep)
                 backup.call("export", disk="dev-a")
-                before = self.scratch()
+                before = self.rig.scratch_bytes()
                 io(self.rig.qmp, device("dev-a"), "write -P 4 0 16M")
-                sizes[keep] = self.scratch() - before
+                sizes[keep] = self.rig.scratch_bytes() - before
         self.assertLess(sizes[False], MIB)
         self.assertGreaterEqual(sizes[True], 16 * MIB)
-
-    def scratch(self):
-        """Bytes that the scratch files take, which QEMU has open and nobody else sees."""
-        folder, found = f"/proc/{self.rig.machine.process.pid}/fd", {}
-        for name in os.listdir(folder):
-            if os.readlink(f"{folder}/{name}").startswith(str(self.rig.scratch)):
-                file = os.stat(f"{folder}/{name}")
-                found[file.st_ino] = file.st_blocks * 512
-        self.assertTrue(found)
-        return sum(found.values())
 
 
 class Unsupported(Machine):

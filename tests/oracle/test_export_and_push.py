@@ -23,14 +23,21 @@ class Together(Pushes):
             copy(client, [(0, client.size)], image)
         self.equal(image)
 
+    def held(self, backup, server, **params):
+        """A push of which some has been written, and that does not go on before its server does."""
+        future = self.start(backup, server, timeout_ms=1000 * support.SECONDS, **params)
+        server.suspend()
+        self.assertFalse(future.done(), "the push was over")
+        return future
+
     def test_an_export_during_a_push(self):
         """It is refused: the push may last for hours, and gives back what it has written."""
         with self.backed_up() as backup:
             server = self.slow()
-            future = self.start(backup, server)
+            future = self.held(backup, server)
             for _ in range(3):
                 self.refused_at_once("stream_active", backup, "export", "disk_spent")
-            self.assertFalse(future.done(), "the push was over")
+            server.resume()
             future.result(support.SECONDS)
             self.equal(server.image)
             self.refused_at_once("offset_released", backup, "export", "disk_spent")
@@ -62,11 +69,11 @@ class Together(Pushes):
         with self.backed_up() as backup:
             export = backup.call("export", disk="dev-a")
             server = self.slow()
-            future = self.start(backup, server)
+            future = self.held(backup, server)
             self.assertEqual(export, self.within(SOON, lambda: backup.call("export", disk="dev-a")))
             self.refused_at_once("stream_active", backup, "ack", offset=SIZE)
             self.whole(export)
-            self.assertFalse(future.done(), "the push was over")
+            server.resume()
             future.result(support.SECONDS)
             self.equal(server.image)
             self.whole(export)
@@ -79,9 +86,9 @@ class Together(Pushes):
         with self.backed_up() as backup:
             digest = backup.read("dev-a", self.rig.image("dev-a"), release="on_ack")["digest"]
             server = self.slow()
-            future = self.start(backup, server, discard_source=False)
+            future = self.held(backup, server, discard_source=False)
             self.refused_at_once("stream_active", backup, "ack", offset=SIZE)
-            self.assertFalse(future.done(), "the push was over")
+            server.resume()
             future.result(support.SECONDS)
             self.equal(server.image)
             # What was refused has changed nothing.

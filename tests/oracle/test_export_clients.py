@@ -111,6 +111,12 @@ class Elsewhere(Clients):
 class Slow(Clients):
     """QEMU waits for no client, whenever it has to wait for all I/O."""
 
+    def setUp(self):
+        super().setUp()
+        # Once for what was written before, which is none of a client's.
+        for command in ("cont", "stop"):
+            self.rig.qmp.command(command)
+
     def drains(self):
         """`stop` and `cont` wait for all I/O: the longest time that one took."""
         longest = 0

@@ -1,4 +1,4 @@
-"""A host that takes nothing, or stands still, and a guest that must not notice.
+"""A host that takes nothing, or stands still, and a guest that must not notice; nor its freeze.
 
 `STUCK_SECONDS=180` makes the host wait as long as it says.
 """
@@ -9,6 +9,7 @@ import statistics
 import time
 
 from . import support
+from .frozen import Frozen
 from .guest import MIB, Disk, Guest
 from .support import QEMU_7_2, Rig, Stream, Wire
 
@@ -46,7 +47,8 @@ class StuckHost(support.Test):
         return statistics.median(found), writes / (time.monotonic() - began)
 
     def drain(self):
-        """How long QEMU takes to wait for all I/O."""
+        """How long QEMU takes to wait for all I/O, once the machine has written what it has to."""
+        os.sync()
         began = time.monotonic()
         for command in ("stop", "cont"):
             self.rig.qmp.command(command)
@@ -125,3 +127,63 @@ class StuckHostOn72(StuckHost):
 
     qemu = QEMU_7_2
     iothread = False
+
+
+class BlockedHost(support.Test):
+    limit = 90
+
+    def test_a_host_that_does_not_read_holds_nobody_up(self):
+        with Rig(Guest([Disk(size=96 * MIB, iothread=True)])) as rig:
+            run = rig.machine.run
+            run("write disk0 0 64M 1")
+            run("start w disk0 from=64M")
+            quiet = self.worst(rig)
+            wire = Wire(rig.command())
+            self.addCleanup(wire.close)
+            backup = wire.call("backup.begin", {"monitor": rig.monitor})["backup"]
+            rig.oracle()  # The second copy would cost the guest more than the backup.
+            run("stat w")
+            stream = wire.send("backup.read", {"backup": backup, "disk": "dev0"})
+            wire.receive()
+            # From here on nothing is read.
+            blocked = self.worst(rig)
+            self.assertLess(blocked, max(20 * quiet, 1_000_000), f"{quiet} us without backup")
+            began = time.monotonic()
+            for command in ("stop", "cont"):  # Each drains all disks.
+                rig.qmp.command(command)
+            self.assertLess(time.monotonic() - began, 5)
+            ping, cancel = wire.send("ping", {}), wire.send("cancel", {"id": stream})
+            abort = wire.send("backup.abort", {"backup": backup})
+            # It is gone before anybody reads; the test's limit ends this.
+            while support.ours(rig.qmp):
+                pass
+            answers = {}
+            while len(answers) < 4:
+                message, _ = wire.receive()
+                if "id" in message:
+                    answers[message["id"]] = message
+            self.assertEqual({}, answers[ping]["result"])
+            self.assertEqual({"found": True}, answers[cancel]["result"])
+            self.assertEqual("cancelled", answers[stream]["error"]["data"]["code"])
+            self.assertEqual({"leftovers": []}, answers[abort]["result"])
+            run("stop w")
+
+    def worst(self, rig):
+        """The longest write of two seconds, in microseconds."""
+        rig.machine.run("stat w")
+        rig.machine.run("sh sleep 2")
+        numbers = rig.machine.stat("stat w")
+        self.assertGreater(numbers["writes"], 0)
+        return numbers["worst_us"]
+
+
+class FrozenGuest(Frozen):
+    def test_frozen_for_less_than_200_ms(self):
+        self.start()
+        times = [1000]
+        # The machine's other work gets in between, but not each time.
+        while min(times) >= 200:
+            self.assertLess(len(times), 30, times)
+            found = self.abort(self.begin(self.consistency()))
+            self.assertEqual(("agent", 2), (found["kind"], found["filesystems"]))
+            times.append(found["frozen_ms"])

@@ -146,7 +146,7 @@ class Sparse(support.Test):
         support.make_image(image, "raw", 64 * MIB)
         # It takes a while, in which progress is told a few times.
         slow = {"filters": ["delay"], "path": rig.folder / "nbd"}
-        server = Nbdkit(image, rig.folder / "log", "delay-write=50ms", **slow)
+        server = Nbdkit(image, rig.folder / "log", "delay-write=200ms", **slow)
         self.addCleanup(server.close)
         with rig.plugin(on_notice=lambda method, note: method == "progress" and notes.append(note)) as plugin:
             backup = Backup(plugin, rig.monitor)

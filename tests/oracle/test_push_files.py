@@ -1,6 +1,7 @@
 """Files, block devices and descriptors as push targets: those that serve, and those that are refused."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import socket
@@ -98,7 +99,8 @@ class Files(Pushes):
         """It is refused only when the push starts; all is there then to be pushed elsewhere."""
         image = self.raw("used", fill=0x77)
         before = image.read_bytes()
-        with support.Vm(support.virtio("used", image, "raw")), self.opened(BASE) as backup:
+        with support.Vm(support.virtio("used", image, "raw")) as vm, self.opened(BASE) as backup:
+            support.Qmp(vm.qmp[0]).close()  # It greets once it has its disks.
             self.fails("target_refused", backup, self.existing(image))
             self.assertEqual(before, image.read_bytes())
             other = self.raw("other", like=self.base_image)
@@ -181,9 +183,10 @@ class Files(Pushes):
         for format in ("raw", "qcow2"):
             with self.subTest(format), self.rig.plugin() as plugin:
                 backup = support.Backup(plugin, self.rig.monitor)
-                future = self.push(backup, self.new(path, format), speed=8 * MIB)
+                future = self.push(backup, self.new(path, format), speed=MIB)
                 until(lambda: self.listing() or future.done())
                 path.write_text("precious")
+                self.hurry()
                 self.failed("target_exists", future)
                 self.assertEqual({"leftovers": []}, backup.abort())
                 self.assertEqual(["new"], self.listing())
@@ -204,11 +207,11 @@ class Files(Pushes):
             until(lambda: self.blocks(folder) or future.done())
             subprocess.run(["fsfreeze", "-f", str(folder)], check=True)
             try:
-                self.within(1, self.write, "write -P 9 12M 64K")
+                self.within(SOON, self.write, "write -P 9 12M 64K")
                 error = future.exception(TIMEOUT / 1000 + 4 * SOON)
                 self.assertEqual("target_timeout", error.code, error)
                 self.spent = error.data["state_left"] == "disk_spent"
-                self.within(1, self.write, "write -P 9 12M 64K")
+                self.within(SOON, self.write, "write -P 9 12M 64K")
             finally:
                 subprocess.run(["fsfreeze", "-u", str(folder)], check=True)
             self.answers()
@@ -236,6 +239,15 @@ class Files(Pushes):
         """Nobody claims it."""
         os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
 
+    def claim(self, device):
+        """Its descriptor; None: a process that has copied all mounts still has it mounted."""
+        try:
+            return os.open(device, os.O_RDONLY | os.O_EXCL)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return None
+
     def test_a_block_device_that_is_mounted(self):
         """Or claimed in another way: Linux tells those who ask."""
         image, folder = self.raw(), self.places.folder / "mounted"
@@ -255,7 +267,7 @@ class Files(Pushes):
             self.assertEqual("precious", (folder / "file").read_text())
         finally:
             subprocess.run(["umount", str(folder)], check=True)
-        claimed = os.open(device, os.O_RDONLY | os.O_EXCL)
+        claimed = until(lambda: self.claim(device))
         with self.doomed() as backup:
             self.fails("target_refused", backup, self.existing(device))
         os.close(claimed)
@@ -350,10 +362,11 @@ class Files(Pushes):
         with self.plugin_with(image, "<>") as plugin:
             backup = support.Backup(plugin, relay.address)
             self.fails("qemu_unsupported", backup, self.existing("fd:9"))
-            future = self.push(backup, self.existing(device), speed=8 * MIB, discard_source=False)
+            future = self.push(backup, self.existing(device), speed=MIB, discard_source=False)
             until(lambda: self.copied() or future.done())
             with self.assertRaises(OSError, msg="it can be claimed"):
                 self.free(device)
+            self.hurry()
             future.result(support.SECONDS)
             self.free(device)
             self.synced(device)

@@ -96,7 +96,7 @@ class BusyGuest(support.Test):
         server = self.nbdkit("slow")
         with self.rig.plugin() as plugin:
             params = self.begin(plugin.call)
-            push = plugin.start("backup.push", {**params, "target": server.target()})
+            push = plugin.start("backup.push", {**params, "target": server.target(), "workers": 2})
             self.noticed_nothing(self.rounds(push))
             push.result(support.SECONDS)
             self.assert_equal_files(self.image, self.copy, "the target")
@@ -108,7 +108,7 @@ class BusyGuest(support.Test):
         server = self.nbdkit("slow", "delay-open=4")
         with self.rig.plugin() as plugin:
             params = {**self.begin(plugin.call), "timeout_ms": 10000}
-            push = plugin.start("backup.push", {**params, "target": server.target()})
+            push = plugin.start("backup.push", {**params, "target": server.target(), "workers": 2})
             self.noticed_nothing(self.rounds(push))
             push.result(support.SECONDS)
             plugin.call("backup.abort", {"backup": params["backup"]}, support.SECONDS)
@@ -132,7 +132,7 @@ class BusyGuest(support.Test):
             params = self.begin(plugin.call)
             for way, (code, server, fail) in ways.items():
                 with self.subTest(way):
-                    push = plugin.start("backup.push", {**params, "target": server.target()})
+                    push = plugin.start("backup.push", {**params, "target": server.target(), "workers": 2})
                     if fail:
                         server.wait_changes(SOME, push)
                         fail(server)

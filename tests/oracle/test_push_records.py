@@ -27,6 +27,8 @@ SOON = 5
 class Stalled(Recorded):
     """A host that stops to read for a while."""
 
+    limit = 2 * support.Test.limit
+
     # Bytes of a write of zeros.
     zeros = MIB
     # What the plugin's memory may grow by while it waits for its host.

@@ -66,9 +66,10 @@ class Storage(Pushes):
                 self.equal(path, "qcow2")
                 self.assertEqual(["new"], self.listing())
                 path.unlink()
-                future = self.push(backup, self.new(path), speed=16 * MIB)
+                future = self.push(backup, self.new(path), speed=MIB)
                 until(lambda: self.listing() or future.done())
                 path.write_text("precious")
+                self.hurry()
                 self.failed("target_exists", future)
                 self.assertEqual((["new"], "precious"), (self.listing(), path.read_text()))
                 path.unlink()
@@ -98,9 +99,9 @@ class Storage(Pushes):
         plugin, log = self.traced("-e", "trace=fsync", "-e", "inject=fsync:delay_enter=12000000")
         with self.opened(plugin=plugin) as backup:
             request = plugin._next_id
-            future = self.push(backup, self.new(path), timeout_ms=1000)
+            future = self.push(backup, self.new(path), timeout_ms=3000)
             until(lambda: "fsync(" in log.read_text() or future.done())
-            self.within(1, plugin.call, "ping", {}, support.SECONDS)
+            self.within(SOON, plugin.call, "ping", {}, support.SECONDS)
             self.within(SOON, plugin.call, "cancel", {"id": request}, support.SECONDS)
             self.within(SOON, self.failed, "cancelled", future)
             self.assertEqual([], self.listing())
@@ -121,24 +122,24 @@ class Storage(Pushes):
 
     def test_qemus_sync_takes_as_long_as_it_needs(self):
         path = self.raw()
-        log = self.slow_sync(path, 3)
+        log = self.slow_sync(path, 6)
         with self.opened() as backup:
-            self.pushed(backup, self.existing(path), timeout_ms=1000)
+            self.pushed(backup, self.existing(path), timeout_ms=3000)
             self.equal(path)
         self.assertIn("(DELAYED)", log.read_text())
 
     def test_cancel_while_qemu_syncs(self):
         path = self.raw()
-        log = self.slow_sync(path, 3)
+        log = self.slow_sync(path, 12)
         with self.opened() as backup:
             request = backup.plugin._next_id
-            future = self.push(backup, self.existing(path), timeout_ms=1000)
+            future = self.push(backup, self.existing(path), timeout_ms=3000)
             until(lambda: "fdatasync(" in log.read_text() or future.done())
             # Longer than a target is borne.
-            time.sleep(1.5)
-            self.within(1, backup.plugin.call, "ping", {}, support.SECONDS)
-            self.within(1, backup.plugin.call, "cancel", {"id": request}, support.SECONDS)
-            self.within(3 + SOON, self.failed, "cancelled", future)
+            time.sleep(4)
+            self.within(SOON / 2, backup.plugin.call, "ping", {}, support.SECONDS)
+            self.within(SOON / 2, backup.plugin.call, "cancel", {"id": request}, support.SECONDS)
+            self.within(12 + SOON, self.failed, "cancelled", future)
 
     # --- that hang --------------------------------------------------------------------
 

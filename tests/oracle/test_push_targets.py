@@ -55,8 +55,10 @@ class Servers(Pushes):
         stale = self.places.folder / "stale"
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(stale))
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        deaf = socket.socket()  # It does not listen.
+        self.addCleanup(deaf.close)
+        deaf.bind(("127.0.0.1", 0))
+        port = deaf.getsockname()[1]
         for address in (f"unix:{stale}", f"unix:{stale}-not", f"tcp:127.0.0.1:{port}", "tcp:nobody.invalid:10809"):
             with self.subTest(address), self.doomed() as backup:
                 self.fails("target_unreachable", backup, {"kind": "nbd", "address": address}, timeout_ms=TIMEOUT)
@@ -271,7 +273,7 @@ class InTurn(Pushes):
     formats = {"a": "qcow2", "b": "raw"}
 
     def both(self, tls, server):
-        """Pushes to a server that hangs in the TLS handshake, and to one that takes a second for it.
+        """Pushes to a server that hangs in the TLS handshake, and to one that takes a while for it.
 
         Which of the two QEMU took up first.
         """
@@ -291,7 +293,7 @@ class InTurn(Pushes):
             order.append("slow")
             upstream.sendall(struct.pack(">IQII", 3, IHAVEOPT, STARTTLS, 0))
             upstream.recv(len(AGREED), socket.MSG_WAITALL)
-            time.sleep(1)
+            time.sleep(0.4)
             threading.Thread(target=carry, args=(upstream, client), daemon=True).start()
             carry(client, upstream)
 

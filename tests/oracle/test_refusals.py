@@ -44,9 +44,9 @@ class Refusals(support.Test):
 
     def test_nobody_is_at_the_monitors_address(self):
         self.begin_refused("monitor_unreachable", f"unix:{self.places.folder}/nothing")
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        self.begin_refused("monitor_unreachable", f"tcp:127.0.0.1:{port}")
+        with socket.socket() as deaf:
+            deaf.bind(("127.0.0.1", 0))  # It does not listen.
+            self.begin_refused("monitor_unreachable", f"tcp:127.0.0.1:{deaf.getsockname()[1]}")
 
     def test_what_is_at_the_address_is_no_monitor(self):
         path = f"{self.places.folder}/other"

@@ -13,7 +13,7 @@ import subprocess
 from . import support
 from .guest import MIB
 from .life import BASE, SIZE
-from .pushes import TIMEOUT, Pushes
+from .pushes import Pushes
 from .support import Backup, Plugin, Relay, io, make_image, read_stream
 from .targets import Authority, until
 
@@ -101,9 +101,8 @@ class Others(Pushes):
             with self.subTest(monitor), self.rig.plugin() as plugin:
                 backup = Backup(plugin, monitor)
                 # Written so slowly that it is seen.
-                params = {"backup": backup.id, "disk": "dev-a", "target": {"kind": "records"}, "speed": 4 * MIB}
-                future = plugin.start("backup.push", params, on_record=lambda record, payload: None)
-                until(lambda: future.done() or self.rig.qmp.command("query-block-jobs"))
+                future = self.push(backup, {"kind": "records"}, speed=MIB)
+                until(lambda: future.done() or self.push_jobs())
                 self.assertNotEqual([], self.refused_to_nobody())
                 backup.abort()
             self.assertEqual([], self.rig.files())
@@ -143,11 +142,12 @@ class Others(Pushes):
                 with self.subTest(monitor=monitor, format=format), self.rig.plugin() as plugin:
                     backup = Backup(plugin, monitor)
                     target = {"kind": "file", "path": str(path), "format": format}
-                    future = self.push(backup, target, speed=16 * MIB)
+                    future = self.push(backup, target, speed=MIB)
                     until(lambda: self.listing() or future.done())
                     (partial,) = self.targets.iterdir()
                     self.assertRegex(partial.name, r"^\.qf-[a-z0-9]+\.partial$")
                     self.assertEqual(stat.S_IFREG | 0o600, partial.lstat().st_mode)
+                    self.hurry()
                     future.result(support.SECONDS)
                     self.assertEqual(stat.S_IFREG | 0o600, path.lstat().st_mode)
                     backup.abort()
@@ -185,6 +185,7 @@ class Links(Pushes):
         """A link to a victim comes up in the place of a new file while that is being written."""
         until(lambda: self.listing() or future.done())
         path.symlink_to(victim)
+        self.hurry()
         error = future.exception(support.SECONDS)
         self.assertEqual("target_exists", error.code, error)
         self.assertEqual("precious", victim.read_text())
@@ -198,7 +199,7 @@ class Links(Pushes):
         for format in ("raw", "qcow2"):
             with self.subTest(format), self.opened() as backup:
                 target = {"kind": "file", "path": str(path), "format": format}
-                self.planted(self.push(backup, target, speed=8 * MIB), path, victim)
+                self.planted(self.push(backup, target, speed=MIB), path, victim)
         keep = self.places.folder / "stream"
         with self.opened() as backup:
             backup.read("dev-a", self.rig.image("dev-a"), keep=keep)
@@ -294,7 +295,7 @@ class Hostile(Pushes):
                         before = image.read_bytes()
                         backup = Backup(plugin, monitor)
                         future = self.push(backup, self.existing(image))
-                        self.monitor_answers_until(future)
+                        self.monitor_answers_until(future, support.SECONDS / 2)
                         self.failed("target_mismatch", future)
                         self.assertEqual(before, image.read_bytes())
                         backup.abort()
@@ -334,7 +335,7 @@ class Hostile(Pushes):
         with self.opened() as backup:
             image = self.hostile("evil", "-b", str(self.fifo), "-F", "raw")
             future = self.push(backup, self.existing(image))
-            self.monitor_answers_until(future)
+            self.monitor_answers_until(future, support.SECONDS / 2)
             future.result(support.SECONDS)
             subprocess.run(["qemu-img", "rebase", "-u", "-b", "", str(image)], check=True)
             self.equal(image, "qcow2")
@@ -342,7 +343,7 @@ class Hostile(Pushes):
             below = {"path": str(self.fifo), "format": "raw"}
             target = {"kind": "file", "path": str(self.targets / "new"), "format": "qcow2", "backing": below}
             future = self.push(backup, target)
-            self.monitor_answers_until(future)
+            self.monitor_answers_until(future, support.SECONDS / 2)
             self.assertEqual("incremental", future.result(support.SECONDS)["mode"])
 
     def test_what_a_guest_writes_is_never_taken_for_a_format(self):
@@ -408,7 +409,7 @@ class Secrets(Pushes):
                     backup = Backup(plugin, self.rig.monitor)
                     self.pushed(backup, by_key.target(tls=tls[0]), discard_source=False)
                     self.pushed(backup, by_certificate.target(tls=tls[1]), discard_source=False)
-                    self.fails("target_refused", backup, by_key.target(tls=wrong), timeout_ms=TIMEOUT)
+                    self.fails("target_refused", backup, by_key.target(tls=wrong))
                     backup.read("dev-a", self.rig.image("dev-a"))
                     lines = [pathlib.Path(f"/proc/{pid}/{name}").read_bytes()
                              for pid in descendants() for name in ("cmdline", "environ")]

@@ -1,11 +1,10 @@
 """A stream that breaks and goes on, its scratch, its records' size, its company."""
 
-import os
 import threading
 import time
 
 from . import support
-from .guest import MIB, Disk, Guest
+from .guest import MIB
 from .support import Backup, Rig, Stream, Vm, Wire, io, make_image, virtio
 
 SIZE = 96 * MIB
@@ -55,16 +54,6 @@ class Streams(support.Test):
         self.addCleanup(self.rig.close)
         for number, disk in enumerate(NODES, 1):
             io(self.rig.qmp, device(disk), f"write -P {number} 0 {DATA}")
-
-    def scratch(self):
-        """Bytes that the scratch files take, which QEMU has open and nobody else sees."""
-        folder, found = f"/proc/{self.rig.machine.process.pid}/fd", {}
-        for name in os.listdir(folder):
-            if os.readlink(f"{folder}/{name}").startswith(str(self.rig.scratch)):
-                stat = os.stat(f"{folder}/{name}")
-                found[stat.st_ino] = stat.st_blocks * 512
-        self.assertTrue(found)
-        return sum(found.values())
 
     # --- going on ---------------------------------------------------------------------
 
@@ -131,7 +120,9 @@ class Streams(support.Test):
         params = {"backup": backup, "disk": "dev-a"}
         first = wire.send("backup.read", params)
         wire.receive()
+        wire.pace = support.SLOWLY
         reply = wire.reply(wire.send("backup.read", params))
+        wire.pace = 0
         data = reply["error"]["data"]
         self.assertEqual(("stream_active", "backup_open"), (data["code"], data["state_left"]))
         self.assertIn("result", wire.reply(first), "the first stream has suffered")
@@ -191,13 +182,13 @@ class Streams(support.Test):
         with self.rig.plugin() as plugin:
             backup = Backup(plugin, self.rig.monitor, disks=[{"disk": "dev-a"}])
             io(self.rig.qmp, device("dev-a"), f"write -P 9 0 {DATA}")
-            self.assertGreaterEqual(self.scratch(), DATA)
+            self.assertGreaterEqual(self.rig.scratch_bytes(), DATA)
             backup.read("dev-a", self.rig.image("dev-a"))
             self.rig.compare(self, backup, NODES)
-            self.assertLess(self.scratch(), MIB)
+            self.assertLess(self.rig.scratch_bytes(), MIB)
             # What was read is not kept any more.
             io(self.rig.qmp, device("dev-a"), f"write -P 10 0 {DATA}")
-            self.assertLess(self.scratch(), MIB)
+            self.assertLess(self.rig.scratch_bytes(), MIB)
             backup.abort()
 
     def test_scratch_is_kept_until_it_is_acknowledged(self):
@@ -206,11 +197,11 @@ class Streams(support.Test):
             io(self.rig.qmp, device("dev-a"), f"write -P 9 0 {DATA}")
             backup.read("dev-a", self.rig.image("dev-a"), release="on_ack")
             self.rig.compare(self, backup, NODES)
-            self.assertGreaterEqual(self.scratch(), DATA)
+            self.assertGreaterEqual(self.rig.scratch_bytes(), DATA)
             backup.call("ack", disk="dev-a", offset=DATA // 2)
-            self.assertLess(self.scratch(), DATA // 2 + MIB)
+            self.assertLess(self.rig.scratch_bytes(), DATA // 2 + MIB)
             backup.call("ack", disk="dev-a", offset=SIZE)
-            self.assertLess(self.scratch(), MIB)
+            self.assertLess(self.rig.scratch_bytes(), MIB)
             backup.abort()
 
     def test_scratch_is_bounded_by_the_increment(self):
@@ -223,56 +214,8 @@ class Streams(support.Test):
             self.assertEqual(4 * MIB, backup.disks["dev-a"]["changed_bytes"])
             for disk in NODES:
                 io(self.rig.qmp, device(disk), f"write -P 6 0 {SIZE}")
-            self.assertLess(self.scratch(), 6 * MIB)
+            self.assertLess(self.rig.scratch_bytes(), 6 * MIB)
             backup.read_all(self.rig)
             self.rig.compare(self, backup, NODES)
-            self.assertLess(self.scratch(), 2 * MIB)
+            self.assertLess(self.rig.scratch_bytes(), 2 * MIB)
             backup.abort()
-
-
-class BlockedHost(support.Test):
-    limit = 90
-
-    def test_a_host_that_does_not_read_holds_nobody_up(self):
-        with Rig(Guest([Disk(size=96 * MIB, iothread=True)])) as rig:
-            run = rig.machine.run
-            run("write disk0 0 64M 1")
-            run("start w disk0 from=64M")
-            quiet = self.worst(rig)
-            wire = Wire(rig.command())
-            self.addCleanup(wire.close)
-            backup = wire.call("backup.begin", {"monitor": rig.monitor})["backup"]
-            rig.oracle()  # The second copy would cost the guest more than the backup.
-            run("stat w")
-            stream = wire.send("backup.read", {"backup": backup, "disk": "dev0"})
-            wire.receive()
-            # From here on nothing is read.
-            blocked = self.worst(rig)
-            self.assertLess(blocked, max(20 * quiet, 1_000_000), f"{quiet} us without backup")
-            began = time.monotonic()
-            for command in ("stop", "cont"):  # Each drains all disks.
-                rig.qmp.command(command)
-            self.assertLess(time.monotonic() - began, 5)
-            ping, cancel = wire.send("ping", {}), wire.send("cancel", {"id": stream})
-            abort = wire.send("backup.abort", {"backup": backup})
-            # It is gone before anybody reads; the test's limit ends this.
-            while support.ours(rig.qmp):
-                pass
-            answers = {}
-            while len(answers) < 4:
-                message, _ = wire.receive()
-                if "id" in message:
-                    answers[message["id"]] = message
-            self.assertEqual({}, answers[ping]["result"])
-            self.assertEqual({"found": True}, answers[cancel]["result"])
-            self.assertEqual("cancelled", answers[stream]["error"]["data"]["code"])
-            self.assertEqual({"leftovers": []}, answers[abort]["result"])
-            run("stop w")
-
-    def worst(self, rig):
-        """The longest write of two seconds, in microseconds."""
-        rig.machine.run("stat w")
-        rig.machine.run("sh sleep 2")
-        numbers = rig.machine.stat("stat w")
-        self.assertGreater(numbers["writes"], 0)
-        return numbers["worst_us"]

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use crate::support::{Monitor, PATIENCE};
 
 /// For agents that do not answer in time.
-const SHORT: Duration = Duration::from_millis(300);
+const SHORT: Duration = Duration::from_secs(2);
 
 /// What the agent does about a command.
 enum Answer {

@@ -80,7 +80,7 @@ class Recovery(WithVm):
         self.addCleanup(os.environ.pop, "FAKE_FAULT")
         store = Store(self.store)
         with open(os.devnull, "w") as devnull, store.locked(), \
-                mock.patch.object(backup, "COMMIT_SECONDS", 0.5):
+                mock.patch.object(backup, "COMMIT_SECONDS", 3):
             with Plugin([FAKE_PLUGIN], stderr=devnull) as plugin:
                 backup.run(plugin, store, backup.Options("/vm.sock"), report.Progress(devnull))
         self.assertNotRegex(self.backup(), FULL)
