@@ -45,8 +45,8 @@ const TABLE_BYTES: u64 = 32 * 1024 * 1024;
 /// The state of a socket that is not connected, as a listening one is.
 const UNCONNECTED: &[u8] = b"01";
 
-/// Fields before the path.
-const FIELDS: usize = 7;
+/// Which field of a line tells its state.
+const STATE: usize = 5;
 
 /// Waits until nobody is connected to the server, where this QEMU needs that.
 ///
@@ -83,14 +83,12 @@ fn count(socket: &Path) -> Result<usize> {
 }
 
 fn is_connection(line: &[u8], path: &[u8]) -> bool {
-    let mut fields = line
-        .split(|byte| *byte == b' ')
-        .filter(|field| !field.is_empty());
-    let state = fields.nth(FIELDS - 2);
-    let has_path = line
-        .strip_suffix(path)
-        .is_some_and(|before| before.ends_with(b" "));
-    has_path && state.is_some_and(|state| state != UNCONNECTED)
+    let Some(before) = line.strip_suffix(path).filter(|line| line.ends_with(b" ")) else {
+        return false;
+    };
+    let fields = before.split(|byte| *byte == b' ');
+    let mut fields = fields.filter(|field| !field.is_empty());
+    fields.nth(STATE).is_some_and(|state| state != UNCONNECTED)
 }
 
 #[cfg(test)]
