@@ -43,7 +43,7 @@ pub(crate) async fn connect(
     context: Option<&str>,
     deadline: Duration,
 ) -> Result<Client> {
-    let turn = qmp.turn().await;
+    let turn = qmp.turn_beside_pushes().await;
     let end = Instant::now() + deadline;
     loop {
         let client = Client::connect(address, export, context, deadline).await?;
@@ -64,7 +64,7 @@ pub(crate) async fn connect(
 
 impl Porter for Qmp {
     async fn let_in<T: Send>(&self, step: impl Future<Output = Result<T>> + Send) -> Result<T> {
-        let turn = self.turn().await;
+        let turn = self.turn_beside_pushes().await;
         let done = step.await?;
         if goes_on(&turn, GUESTS_SILENCE).await? {
             return Ok(done);

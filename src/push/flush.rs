@@ -26,7 +26,7 @@ impl Run<'_> {
         };
         let flushed = async {
             // The time that others take is not the target's.
-            let turn = self.qmp.turn().await;
+            let turn = self.qmp.turn_beside_pushes().await;
             tokio::time::timeout(deadline, self.flush_within(turn, entry, deadline)).await
         };
         let flushed = tokio::select! {

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use qapi::qmp::block_resize;
 use tokio::sync::watch::Sender;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -110,6 +111,8 @@ pub(crate) async fn push_with(
         cancel,
         flow,
         events: JobEvents::new(view.qmp().events(), view.names().push()),
+        lull: None,
+        is_lulled: false,
         teardown: Teardown::default(),
     };
     let pushed = run.push(target, runtime_dir).await;
@@ -148,6 +151,10 @@ struct Run<'a> {
     /// Of a receiver of ours.
     flow: Option<&'a Flow>,
     events: JobEvents,
+    /// When others wanted it to stand still, last.
+    lull: Option<Instant>,
+    /// The job was paused for them.
+    is_lulled: bool,
     teardown: Teardown,
 }
 

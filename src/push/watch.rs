@@ -1,7 +1,7 @@
 //! A push's job, from its start to its end: how far it is, and what is wrong with it.
 //!
 //! ```text
-//! running <--> paused, while a receiver holds much
+//! running <--> paused, while a receiver holds much, or QEMU's nodes are to change
 //!    |   \--> stopped for an error, or nothing moves --> the push fails
 //! pending --> finalized by us, in turn --> gone
 //! ```
@@ -13,6 +13,8 @@ use tokio::time::Instant;
 
 use super::{Progress, Run, cancelled};
 use crate::error::{Error, Kind, Result};
+use crate::flow::Flow;
+use crate::qemu::Mover;
 use crate::qemu::job;
 use crate::qemu::query::{self, BlockJob};
 use crate::target::Opened;
@@ -23,6 +25,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 /// How long a look may take at least: where it is late because we were, QEMU is asked still.
 const LOOK_DEADLINE: Duration = Duration::from_secs(1);
+
+/// How long it stays paused after a change: more of them come one after the other.
+const LINGERS: Duration = Duration::from_millis(100);
 
 /// How long the job gets for its end.
 const RELEASE_DEADLINE: Duration = Duration::from_secs(30);
@@ -35,6 +40,7 @@ impl Run<'_> {
     pub(super) async fn watch(&mut self, opened: &Opened) -> Result<u64> {
         let patience = self.patience();
         let mut moved = (0, Instant::now());
+        let mut mover = self.qmp.mover();
         loop {
             let end = (moved.1 + patience).max(Instant::now() + LOOK_DEADLINE);
             let look = tokio::time::timeout_at(end, self.look());
@@ -57,19 +63,20 @@ impl Run<'_> {
                 return Err(self.failed(&job).await);
             }
             if job.status == "pending" {
+                drop(mover);
                 let id = self.view.names().push();
                 job::finalize(self.qmp, &id, RELEASE_DEADLINE).await?;
                 return Ok(job.offset);
             }
-            if job.offset != moved.0 || self.is_paused(&job) {
+            if job.offset != moved.0 || self.waits_for_us(&job) {
                 moved = (job.offset, Instant::now());
             }
             if moved.1.elapsed() >= patience {
                 opened.cut();
                 return Err(self.stalled(patience));
             }
-            self.steer(&job).await?;
-            self.wait().await;
+            self.steer(&job, &mut mover).await?;
+            self.wait(&mut mover).await;
         }
     }
 
@@ -141,25 +148,29 @@ impl Run<'_> {
         Error::new(kind, "writing to the target").because(why)
     }
 
-    /// Whether the job stands still for a receiver of ours, and nothing of it is under way.
-    fn is_paused(&self, job: &BlockJob) -> bool {
-        self.flow.is_some() && job.status == "paused"
+    /// Whether the job stands still for us, and nothing of it is under way.
+    fn waits_for_us(&self, job: &BlockJob) -> bool {
+        (self.flow.is_some() || self.is_lulled) && is_still(job)
     }
 
-    /// Pauses the job while a receiver of ours holds much. Whoever has paused it: it goes on
-    /// when the receiver can take more.
-    async fn steer(&self, job: &BlockJob) -> Result<()> {
-        let Some(flow) = self.flow else {
-            return Ok(());
-        };
-        // With nothing under way, what is waited for comes only if the job goes on.
-        let is_needed = flow.is_low() || (flow.is_starving() && self.is_paused(job));
+    /// Pauses the job while a receiver of ours holds much, or QEMU's nodes are to change. It
+    /// goes on afterwards, also where somebody else has paused it for a receiver.
+    async fn steer(&mut self, job: &BlockJob, mover: &mut Mover) -> Result<()> {
         let id = self.view.names().push();
-        let told = if !job.paused && flow.is_high() {
+        let is_wanted = mover.is_wanted();
+        if is_wanted {
+            self.lull = Some(Instant::now());
+        }
+        let is_over = self.lull.is_none_or(|last| last.elapsed() >= LINGERS);
+        let told = if !job.paused && (is_wanted || self.flow.is_some_and(Flow::is_high)) {
+            self.is_lulled = is_wanted;
             self.qmp.execute(&job_pause { id }).await
-        } else if job.paused && is_needed {
+        } else if job.paused && is_over && self.may_go_on(job) {
+            self.is_lulled = false;
+            mover.set_moves(true);
             self.qmp.execute(&job_resume { id }).await
         } else {
+            mover.set_moves(!is_still(job));
             return Ok(());
         };
         match told {
@@ -169,8 +180,17 @@ impl Run<'_> {
         }
     }
 
+    /// Whether a job that is paused, and need not be for a lull, may go on.
+    fn may_go_on(&self, job: &BlockJob) -> bool {
+        match self.flow {
+            // With nothing under way, what is waited for comes only if the job goes on.
+            Some(flow) => flow.is_low() || (flow.is_starving() && is_still(job)),
+            None => self.is_lulled,
+        }
+    }
+
     /// Until there may be something to see.
-    async fn wait(&mut self) {
+    async fn wait(&mut self, mover: &mut Mover) {
         let flow = self.flow;
         let changed = async {
             match flow {
@@ -181,7 +201,13 @@ impl Run<'_> {
         tokio::select! {
             () = self.cancel.cancelled() => {}
             () = changed => {}
+            () = mover.changed() => {}
             () = self.events.next(Instant::now() + LOOK_EVERY) => {}
         }
     }
+}
+
+/// Whether a job is paused, and nothing of it is under way.
+fn is_still(job: &BlockJob) -> bool {
+    job.status == "paused"
 }

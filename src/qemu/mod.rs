@@ -15,6 +15,7 @@ mod iothread;
 pub mod job;
 pub mod layer;
 pub mod line;
+mod lull;
 pub mod note;
 mod outgoing;
 pub mod qmp;
@@ -25,5 +26,6 @@ pub mod tls;
 
 pub use address::Address;
 pub use guest_agent::GuestAgent;
+pub use lull::Mover;
 pub use qmp::{Event, Qmp, Refusal, Turn};
 pub use schema::Schema;

@@ -29,6 +29,7 @@ use crate::error::{Error, Kind, Result};
 use crate::qemu::Address;
 use crate::qemu::actor::{Actor, Command};
 use crate::qemu::line::Lines;
+use crate::qemu::lull::{Lulls, Mover, Wish};
 use crate::qemu::{address, greeting, tls};
 
 /// How long a command may take unless its caller says otherwise.
@@ -82,6 +83,7 @@ pub struct Qmp {
     passes_fds: bool,
     address: Option<Arc<Address>>,
     turns: Arc<Mutex<()>>,
+    lulls: Arc<Lulls>,
     /// This handle has the turn already.
     has_turn: bool,
     /// The actor ends with the last handle, even in the middle of a send.
@@ -179,6 +181,7 @@ impl Qmp {
             passes_fds: false,
             address: None,
             turns: Arc::default(),
+            lulls: Arc::default(),
             has_turn: false,
             _alive: Arc::new(end.clone().drop_guard()),
         };
@@ -220,8 +223,22 @@ impl Qmp {
         self.address.as_deref()
     }
 
-    /// Waits for the turn to change QEMU's nodes, and takes it.
+    /// Waits for the turn to change QEMU's nodes, and takes it. Pushes stand still meanwhile.
     pub async fn turn(&self) -> Turn {
+        let turn = self.turn_beside_pushes().await;
+        if self.has_turn {
+            return turn;
+        }
+        let wish = self.lulls.want();
+        wish.granted().await;
+        Turn {
+            _wish: Some(wish),
+            ..turn
+        }
+    }
+
+    /// The turn for what changes no nodes, and is not to fall into a change.
+    pub async fn turn_beside_pushes(&self) -> Turn {
         let guard = if self.has_turn {
             None
         } else {
@@ -233,7 +250,14 @@ impl Qmp {
                 ..self.clone()
             },
             _guard: guard,
+            _wish: None,
         }
+    }
+
+    /// A push that moves from now on: it is to stand still when that is wanted.
+    #[must_use]
+    pub fn mover(&self) -> Mover {
+        self.lulls.mover()
     }
 
     /// Whether the connection has ended.
@@ -353,6 +377,7 @@ impl Qmp {
 #[derive(Debug)]
 pub struct Turn {
     qmp: Qmp,
+    _wish: Option<Wish>,
     _guard: Option<OwnedMutexGuard<()>>,
 }
 

@@ -358,7 +358,7 @@ class TwoDisks(Pushes):
 
     def test_one_of_two_hangs(self):
         """The other one's push is none the worse; it can be committed alone."""
-        hung, good = self.slow(delay="50ms"), self.slow(delay="50ms", image=self.raw("good"))
+        hung, good = self.slow(), self.slow(image=self.raw("good"))
         with self.rig.plugin() as plugin:
             backup = Backup(plugin, self.rig.monitor, checkpoint="tuesday")
             futures = [self.start(backup, hung), self.start(backup, good, disk="dev-b")]
@@ -372,6 +372,27 @@ class TwoDisks(Pushes):
             self.assertEqual({"dev-a": [BASE], "dev-b": [BASE, "tuesday"]}, there)
         self.assertEqual([], self.rig.files())
         self.next_is({"dev-a": None, "dev-b": None}, ids=True)
+
+    def test_beside_a_slow_one(self):
+        """QEMU would wait for each write of a push at many a step of whatever changes its nodes."""
+        slow, quick = self.slow(), self.nbdkit(image=self.raw("quick"))
+        ours = {"monitor": self.rig.monitor, "disks": [{"disk": "dev-b"}]}
+        with self.opened(disks=[{"disk": "dev-a"}]) as first:
+            copy = self.rig.oracle()["a"]
+            pushed = self.start(first, slow, timeout_ms=60000, workers=1)
+            begun = first.plugin.start("backup.begin", ours)
+            self.monitor_answers_until(begun)
+            second = Backup.of(first.plugin, begun.result())
+            other = self.push(second, quick.target(), disk="dev-b")
+            self.monitor_answers_until(other)
+            other.result()
+            self.equal(quick.image, node="b")
+            ended = first.plugin.start("backup.abort", {"backup": second.id})
+            self.monitor_answers_until(ended)
+            self.assertEqual({"leftovers": []}, ended.result())
+            self.assertFalse(pushed.done(), "nothing was pushed beside")
+            pushed.result(support.SECONDS)
+            self.assert_equal_files(slow.image, copy, "the slow one")
 
     def test_a_running_disks_image_is_no_target(self):
         """QEMU locks what it has open: not even its first byte is lost."""
