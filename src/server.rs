@@ -23,8 +23,9 @@ use crate::callers;
 use crate::error::{Error, Kind, Result};
 use crate::file_call;
 use crate::nbd::Address;
+use crate::qemu::Qmp;
+use crate::qemu::query::{self, BlockExport};
 use crate::qemu::step::PREFIX;
-use crate::qemu::{Qmp, query};
 use crate::session::random_id;
 use crate::stake::make_private;
 use crate::teardown::{Teardown, Undo};
@@ -226,33 +227,50 @@ async fn start(qmp: &Qmp, path: &Path) -> Result<()> {
 /// Stops the server, unless exports of others have come to use it; `false`: unless sessions
 /// of other processes of ours do.
 async fn stop(qmp: &Qmp, socket: &Path) -> Result<bool> {
-    callers::see_off(qmp, socket).await?;
-    let exports = query::block_exports(qmp).await?;
-    let mut users = exports.iter().filter(|export| export.kind == "nbd");
-    let foreign = users.clone().find(|export| !export.id.starts_with(PREFIX));
-    if let Some(export) = foreign {
-        return Err(Error::new(Kind::NbdServerBusy, "stopping the NBD server")
-            .because(format!("export {} uses it", export.id)));
+    if is_used(qmp).await? {
+        return Ok(false);
     }
-    if users.next().is_some() {
+    callers::see_off(qmp, socket).await?;
+    // Somebody may have come meanwhile.
+    if is_used(qmp).await? {
         return Ok(false);
     }
     qmp.execute(&qapi::qmp::nbd_server_stop {}).await?;
     Ok(true)
 }
 
+/// Whether sessions of other processes of ours use the server.
+///
+/// # Errors
+/// [`Kind::NbdServerBusy`] where somebody else does.
+async fn is_used(qmp: &Qmp) -> Result<bool> {
+    let users = nbd_exports(qmp).await?;
+    if let Some(export) = users.iter().find(|export| !export.id.starts_with(PREFIX)) {
+        return Err(Error::new(Kind::NbdServerBusy, "stopping the NBD server")
+            .because(format!("export {} uses it", export.id)));
+    }
+    Ok(!users.is_empty())
+}
+
+async fn nbd_exports(qmp: &Qmp) -> Result<Vec<BlockExport>> {
+    let mut exports = query::block_exports(qmp).await?;
+    exports.retain(|export| export.kind == "nbd");
+    Ok(exports)
+}
+
 /// Stops the server that a dead process has used, if it is the one that runs, and no export
 /// uses it. `ran`: it is known to have run.
 pub(crate) async fn stop_old(qmp: &Qmp, socket: &Path, ran: bool) -> Result<()> {
     let dir = socket.parent().unwrap_or(Path::new("/"));
-    // QEMU does not tell where its server is; who listens there does.
-    let listens = is_listening(socket).await?;
-    callers::see_off(qmp, socket).await?;
-    let exports = query::block_exports(qmp).await?;
-    if exports.iter().any(|export| export.kind == "nbd") {
+    if !nbd_exports(qmp).await?.is_empty() {
         return Ok(());
     }
-    if listens {
+    // QEMU does not tell where its server is; who listens there does.
+    if is_listening(socket).await? {
+        callers::see_off(qmp, socket).await?;
+        if !nbd_exports(qmp).await?.is_empty() {
+            return Ok(());
+        }
         let is_foreign = match qmp.execute(&qapi::qmp::nbd_server_stop {}).await {
             // Unless it ran, QEMU has the descriptor, and was never told to serve it.
             Err(error) if error.chain().contains("not running") => ran,

@@ -3,6 +3,7 @@
 //! ```text
 //! discover, job, note, schema, step, query --> qmp (handles) --> actor (one task owns
 //! the socket) --> {line, outgoing} --> QEMU
+//! turn --> {qmp, lull}
 //! guest_agent --> line
 //! ```
 
@@ -23,9 +24,11 @@ pub mod query;
 pub mod schema;
 pub mod step;
 pub mod tls;
+mod turn;
 
 pub use address::Address;
 pub use guest_agent::GuestAgent;
 pub use lull::Mover;
-pub use qmp::{Event, Qmp, Refusal, Turn};
+pub use qmp::{Event, Qmp, Refusal};
 pub use schema::Schema;
+pub use turn::Turn;

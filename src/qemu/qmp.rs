@@ -14,7 +14,6 @@
 //! value, so an unknown one harms nothing.
 
 use std::collections::HashMap;
-use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,20 +21,20 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
-use tokio::sync::{Mutex, OwnedMutexGuard, broadcast, mpsc, oneshot};
+use tokio::sync::{broadcast, mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::error::{Error, Kind, Result};
 use crate::qemu::Address;
 use crate::qemu::actor::{Actor, Command};
 use crate::qemu::line::Lines;
-use crate::qemu::lull::{Lulls, Mover, Wish};
+use crate::qemu::turn::Turns;
 use crate::qemu::{address, greeting, tls};
 
 /// How long a command may take unless its caller says otherwise.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(30);
 
-/// Commands that change which nodes there are and how they hang together. See [`Turn`].
+/// Commands that change which nodes there are and how they hang together. See [`Turn`](crate::qemu::Turn).
 const CHANGES: &[&str] = &[
     "block-export-add",
     "block-export-del",
@@ -82,10 +81,9 @@ pub struct Qmp {
     events: broadcast::WeakSender<Event>,
     passes_fds: bool,
     address: Option<Arc<Address>>,
-    turns: Arc<Mutex<()>>,
-    lulls: Arc<Lulls>,
+    pub(super) turns: Turns,
     /// This handle has the turn already.
-    has_turn: bool,
+    pub(super) has_turn: bool,
     /// The actor ends with the last handle, even in the middle of a send.
     _alive: Arc<DropGuard>,
 }
@@ -180,8 +178,7 @@ impl Qmp {
             events: events.downgrade(),
             passes_fds: false,
             address: None,
-            turns: Arc::default(),
-            lulls: Arc::default(),
+            turns: Turns::default(),
             has_turn: false,
             _alive: Arc::new(end.clone().drop_guard()),
         };
@@ -223,41 +220,12 @@ impl Qmp {
         self.address.as_deref()
     }
 
-    /// Waits for the turn to change QEMU's nodes, and takes it. Pushes stand still meanwhile.
-    pub async fn turn(&self) -> Turn {
-        let turn = self.turn_beside_pushes().await;
-        if self.has_turn {
-            return turn;
+    /// A handle that has the turn.
+    pub(super) fn in_turn(&self) -> Self {
+        Self {
+            has_turn: true,
+            ..self.clone()
         }
-        let wish = self.lulls.want();
-        wish.granted().await;
-        Turn {
-            _wish: Some(wish),
-            ..turn
-        }
-    }
-
-    /// The turn for what changes no nodes, and is not to fall into a change.
-    pub async fn turn_beside_pushes(&self) -> Turn {
-        let guard = if self.has_turn {
-            None
-        } else {
-            Some(Arc::clone(&self.turns).lock_owned().await)
-        };
-        Turn {
-            qmp: Self {
-                has_turn: true,
-                ..self.clone()
-            },
-            _guard: guard,
-            _wish: None,
-        }
-    }
-
-    /// A push that moves from now on: it is to stand still when that is wanted.
-    #[must_use]
-    pub fn mover(&self) -> Mover {
-        self.lulls.mover()
     }
 
     /// Whether the connection has ended.
@@ -365,27 +333,6 @@ impl Qmp {
                 Err(Error::new(Kind::QemuTimeout, format!("executing {name}"))
                     .because(format!("no answer within {deadline:?}")))
             })
-    }
-}
-
-/// The turn to change QEMU's nodes: a handle whose commands need not wait for it.
-///
-/// One at a time, until it is seen that a change is done: a job that ends, or an export that
-/// goes, does so in its own time, and QEMU 10.0.2 was seen to abort when that fell into
-/// another change ("bdrv\_graph\_wrlock: Assertion `!qatomic_read(&has_writer)' failed",
-/// disks on iothreads). A single command takes and leaves the turn by itself.
-#[derive(Debug)]
-pub struct Turn {
-    qmp: Qmp,
-    _wish: Option<Wish>,
-    _guard: Option<OwnedMutexGuard<()>>,
-}
-
-impl Deref for Turn {
-    type Target = Qmp;
-
-    fn deref(&self) -> &Qmp {
-        &self.qmp
     }
 }
 

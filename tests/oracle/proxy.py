@@ -155,16 +155,11 @@ class Proxy:
         return actions[:after] + copies + actions[after:], round_
 
     def let_copies_end(self):
-        """Comes before a transaction.
-
-        A transaction drains all disks. Below QEMU 8.0, a job that ends meanwhile leaves the
-        filter above its own drained for ever: the guest would stand still until our client's
-        point in time is gone.
-        """
-        if self._drains_badly:
-            with self._changed:
-                if not self._changed.wait_for(lambda: not self._rounds, timeout=60):
-                    raise QmpError("the copies do not end")
+        """Comes before a transaction, which drains all disks: below QEMU 8.0, a job that ends meanwhile
+        leaves the filter above its own, our client's, drained for ever, and the guest stands still."""
+        with self._changed:
+            if self._drains_badly and not self._changed.wait_for(lambda: not self._rounds, timeout=60):
+                raise QmpError("the copies do not end")
 
     def settle(self, round_, accepted):
         """QEMU has answered the round's transaction."""
@@ -396,13 +391,8 @@ def main():
     parser.add_argument("--own-monitor", required=True, help="another one, for the proxy itself")
     parser.add_argument("--folder", required=True, help="for the images")
     options = parser.parse_args()
-    with Proxy(
-        options.listen,
-        options.monitor,
-        options.own_monitor,
-        options.folder,
-        report=lambda result: print(json.dumps(result), flush=True),
-    ) as proxy:
+    paths = options.listen, options.monitor, options.own_monitor, options.folder
+    with Proxy(*paths, report=lambda result: print(json.dumps(result), flush=True)) as proxy:
         proxy.join()
 
 
