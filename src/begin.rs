@@ -6,7 +6,8 @@
 //! ```
 //! Each VM's instant is one transaction, atomic over its disks. Those of several VMs are
 //! sent together once all are prepared: how far they lie apart is measured, not promised.
-//! Guests that are to be held still are so from before the first instant until after the last.
+//! Guests that are to be held still are so from before the first instant until after the last;
+//! and pushes even longer.
 
 use std::time::{Duration, Instant};
 
@@ -53,7 +54,7 @@ pub async fn begin(
         } = member;
         (qmp.clone(), consistency.clone())
     });
-    let guests = guests.collect();
+    let guests: Vec<_> = guests.collect();
     let mut openings = Vec::new();
     for member in members {
         match Opening::prepare(member, cancel).await {
@@ -61,9 +62,17 @@ pub async fn begin(
             Err(error) => return Err(give_up(openings, error).await),
         }
     }
+    // Pushes come to a stand before the guests do, which would wait for them.
+    let mut lulls = Vec::new();
+    let hold = async {
+        for (qmp, _) in &guests {
+            lulls.push(qmp.lull().await);
+        }
+        hold_all(guests, guardian).await
+    };
     // Cancelled, it lets go of those that are held.
     let quiet = tokio::select! {
-        quiet = hold_all(guests, guardian) => quiet,
+        quiet = hold => quiet,
         () = cancel.cancelled() => Err(Error::new(Kind::Cancelled, "holding the guests")),
     };
     let quiet = match quiet {
@@ -72,6 +81,7 @@ pub async fn begin(
     };
     let (openings, skew, taken) = take_instants(openings).await;
     let released = release_all(quiet).await;
+    drop(lulls);
     let released = match taken.and(released) {
         Ok(released) => released,
         Err(error) => return Err(give_up(openings, error).await),

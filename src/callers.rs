@@ -5,10 +5,11 @@
 //! Num       RefCount Protocol Flags    Type St Inode Path
 //! 00000000: 00000002 00000000 00010000 0001 01  4711 /run/qf-1-nbd/nbd.sock   listens
 //! 00000000: 00000003 00000000 00000000 0001 03  4712 /run/qf-1-nbd/nbd.sock   was accepted
-//! 00000000: 00000002 00000000 00000000 0001 02  4713 /run/qf-1-nbd/nbd.sock   will be
+//! 00000000: 00000002 00000000 00000000 0001 02     0 /run/qf-1-nbd/nbd.sock   was not yet
 //! ```
 //! A connection has its listener's path for as long as the listener's process holds it, also
-//! when the caller is gone. Those of another network namespace are not told.
+//! when the caller is gone. Who was not accepted does not count: QEMU does that at once, where it
+//! serves that socket at all. Callers of another network namespace are not told.
 //!
 //! Below 8.2 a QEMU that is told to stop its server waits for a client that negotiates, and does
 //! not listen to it meanwhile: it stands still for ever, and its guest with it. One who only
@@ -26,7 +27,8 @@ use crate::error::{Error, Kind, Result};
 use crate::file_call;
 use crate::qemu::{Qmp, query};
 
-/// The first QEMU that can stop its server while a client negotiates with it: 8.2.
+/// The first QEMU that can stop its server while a client negotiates with it: 8.2, by its commit
+/// 06e0f098, "io: follow coroutine AioContext in qio\_channel\_yield()".
 const STOPS_BESIDE_CALLERS: (u32, u32) = (8, 2);
 
 /// How long callers get to be gone: QEMU gives each ten seconds to negotiate.
@@ -42,8 +44,8 @@ const TABLE: &str = "/proc/net/unix";
 /// How much of it is read: some hundred thousand sockets.
 const TABLE_BYTES: u64 = 32 * 1024 * 1024;
 
-/// The state of a socket that is not connected, as a listening one is.
-const UNCONNECTED: &[u8] = b"01";
+/// The state of a socket that is connected to another one, and a process's.
+const CONNECTED: &[u8] = b"03";
 
 /// Which field of a line tells its state.
 const STATE: usize = 5;
@@ -54,6 +56,7 @@ const STATE: usize = 5;
 /// [`Kind::NbdServerBusy`] while somebody stays: the server is not to be stopped;
 /// [`Kind::Internal`] where the kernel does not tell.
 pub(crate) async fn see_off(qmp: &Qmp, socket: &Path) -> Result<()> {
+    // Whoever called before this is answered has been accepted.
     let version = query::version(qmp).await?;
     if (version.major, version.minor) >= STOPS_BESIDE_CALLERS {
         return Ok(());
@@ -76,7 +79,12 @@ pub(crate) async fn see_off(qmp: &Qmp, socket: &Path) -> Result<()> {
 fn count(socket: &Path) -> Result<usize> {
     let mut table = Vec::new();
     let read = File::open(TABLE).and_then(|file| file.take(TABLE_BYTES).read_to_end(&mut table));
-    read.map_err(|error| Error::new(Kind::Internal, format!("reading {TABLE}")).because(error))?;
+    let unknown = |why: std::io::Error| {
+        Error::new(Kind::Internal, format!("reading {TABLE}")).because(why)
+    };
+    if read.map_err(unknown)? as u64 == TABLE_BYTES {
+        return Err(unknown(std::io::ErrorKind::FileTooLarge.into()));
+    }
     let path = socket.as_os_str().as_bytes();
     let lines = table.split(|byte| *byte == b'\n');
     Ok(lines.filter(|line| is_connection(line, path)).count())
@@ -88,7 +96,7 @@ fn is_connection(line: &[u8], path: &[u8]) -> bool {
     };
     let fields = before.split(|byte| *byte == b' ');
     let mut fields = fields.filter(|field| !field.is_empty());
-    fields.nth(STATE).is_some_and(|state| state != UNCONNECTED)
+    fields.nth(STATE) == Some(CONNECTED)
 }
 
 #[cfg(test)]
@@ -104,7 +112,7 @@ mod tests {
         let listener = UnixListener::bind(&socket).unwrap();
         assert_eq!(0, count(&socket).unwrap(), "it listens only");
         let caller = UnixStream::connect(&socket).unwrap();
-        assert_eq!(1, count(&socket).unwrap(), "not accepted yet");
+        assert_eq!(0, count(&socket).unwrap(), "not accepted yet");
         let (accepted, _) = listener.accept().unwrap();
         assert_eq!(1, count(&socket).unwrap());
         drop(caller);

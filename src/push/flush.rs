@@ -18,6 +18,8 @@ impl Run<'_> {
     /// export of it.
     pub(super) async fn flush(&mut self, opened: &Opened) -> Result<()> {
         self.export().await?;
+        // QEMU waits for what it flushes, too, whenever it waits for all I/O.
+        let _moves = self.qmp.mover();
         let patience = self.timeout();
         let (entry, deadline) = if opened.is_file() {
             (patience.max(NBD_DEADLINE), SYNC_DEADLINE)

@@ -51,6 +51,10 @@ impl Run<'_> {
             };
             // QEMU does not answer while it waits for a target that hangs.
             let Ok(job) = job else {
+                if self.is_lulled && !mover.moves() {
+                    // It is another one: nothing of this push is under way.
+                    continue;
+                }
                 opened.cut();
                 return Err(self.stalled(patience));
             };
@@ -60,6 +64,7 @@ impl Run<'_> {
                 total: job.len,
             });
             if job.error.is_some() || (job.io_status != "ok" && !self.is_refused(&job)) {
+                drop(mover);
                 return Err(self.failed(&job).await);
             }
             if job.status == "pending" {
@@ -75,8 +80,10 @@ impl Run<'_> {
                 opened.cut();
                 return Err(self.stalled(patience));
             }
-            self.steer(&job, &mut mover).await?;
-            self.wait(&mut mover).await;
+            let steered = tokio::time::timeout(LOOK_DEADLINE, self.steer(&job, &mut mover));
+            // Where QEMU is silent, the next look tells.
+            steered.await.unwrap_or(Ok(()))?;
+            moved.1 += self.wait(&mut mover).await;
         }
     }
 
@@ -157,6 +164,8 @@ impl Run<'_> {
     /// goes on afterwards, also where somebody else has paused it for a receiver.
     async fn steer(&mut self, job: &BlockJob, mover: &mut Mover) -> Result<()> {
         let id = self.view.names().push();
+        // Somebody may have told it to go on.
+        self.is_lulled &= job.paused;
         let is_wanted = mover.is_wanted();
         if is_wanted {
             self.lull = Some(Instant::now());
@@ -175,8 +184,11 @@ impl Run<'_> {
         };
         match told {
             // It has stopped, gone on or concluded meanwhile: the next look tells.
-            Err(error) if error.kind() != Kind::QemuRefused => Err(error),
-            _ => Ok(()),
+            Err(error) if error.kind() == Kind::QemuRefused => {
+                self.is_lulled = false;
+                Ok(())
+            }
+            told => told.map(drop),
         }
     }
 
@@ -189,8 +201,10 @@ impl Run<'_> {
         }
     }
 
-    /// Until there may be something to see.
-    async fn wait(&mut self, mover: &mut Mover) {
+    /// Until there may be something to see: how much later than that it is, because we had no
+    /// processor.
+    async fn wait(&mut self, mover: &mut Mover) -> Duration {
+        let end = Instant::now() + LOOK_EVERY;
         let flow = self.flow;
         let changed = async {
             match flow {
@@ -202,8 +216,9 @@ impl Run<'_> {
             () = self.cancel.cancelled() => {}
             () = changed => {}
             () = mover.changed() => {}
-            () = self.events.next(Instant::now() + LOOK_EVERY) => {}
+            () = self.events.next(end) => {}
         }
+        end.elapsed()
     }
 }
 

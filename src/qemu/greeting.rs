@@ -20,7 +20,7 @@ use crate::qemu::line::Lines;
 /// more once they have read the first byte.
 pub(super) const HEARS_TLS: u64 = 8;
 
-/// Lines that may come before it, and how long it may take then: it is on its way.
+/// Lines that may come before it; and how long it may take after one that is no message.
 const REST_LINES: usize = 16;
 const REST_DEADLINE: Duration = Duration::from_secs(1);
 
@@ -54,13 +54,12 @@ pub(super) async fn read(
             Ok(Err(error)) if instead.is_some() => return Err(error),
             Ok(Err(error)) => {
                 lines.pass_over();
+                // This may be anything, and say no more.
+                end = end.min(Instant::now() + REST_DEADLINE);
                 error
             }
         };
-        if instead.is_none() {
-            instead = Some(error);
-            end = end.min(Instant::now() + REST_DEADLINE);
-        }
+        instead.get_or_insert(error);
     }
     Err(instead.unwrap_or_else(missing))
 }
@@ -117,9 +116,10 @@ mod tests {
     async fn others_are_no_qemu() {
         let silent = of("", Duration::from_millis(10), 0).await;
         assert_eq!(Kind::MonitorBusy, silent.unwrap_err().kind());
+        let other = of(ANSWER, Duration::from_millis(10), 0).await;
+        assert_eq!(Kind::MonitorProtocol, other.unwrap_err().kind());
         for text in [
             "SSH-2.0-OpenSSH\r\n",
-            ANSWER,
             "HTTP/1.1 400\r\nServer: x\r\n",
             &ANSWER.repeat(REST_LINES + 1),
         ] {

@@ -9,6 +9,8 @@
 //! disk's push took 3.6 s, in which QEMU heard nobody; with the first one paused, none.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -22,10 +24,12 @@ const DEADLINE: Duration = Duration::from_secs(10);
 pub(super) struct Lulls {
     wanted: watch::Sender<usize>,
     moving: watch::Sender<usize>,
+    /// What moves does not come to a stand: it was waited for in vain.
+    in_vain: AtomicBool,
 }
 
 impl Lulls {
-    /// A lull is wanted for as long as what is returned lives.
+    /// A lull is wanted.
     pub(super) fn want(self: &Arc<Self>) -> Wish {
         self.wanted.send_modify(|wanted| *wanted += 1);
         Wish(Arc::clone(self))
@@ -42,16 +46,24 @@ impl Lulls {
     }
 }
 
-/// Somebody's wish for a lull.
+/// Somebody's wish for a lull, for as long as it lives.
 #[derive(Debug)]
-pub(super) struct Wish(Arc<Lulls>);
+pub struct Wish(Arc<Lulls>);
 
 impl Wish {
     /// Returns when nothing moves any more, or when it is no use to wait longer.
     pub(super) async fn granted(&self) {
+        self.granted_within(DEADLINE).await;
+    }
+
+    async fn granted_within(&self, deadline: Duration) {
+        if self.0.in_vain.load(Relaxed) {
+            return;
+        }
         let mut moving = self.0.moving.subscribe();
         let still = moving.wait_for(|moving| *moving == 0);
-        let _in_vain = tokio::time::timeout(DEADLINE, still).await;
+        let in_vain = tokio::time::timeout(deadline, still).await.is_err();
+        self.0.in_vain.store(in_vain, Relaxed);
     }
 }
 
@@ -82,7 +94,13 @@ impl Mover {
         let _ended = self.wanted.changed().await;
     }
 
-    /// Whether it moves. It does before it goes on.
+    /// Whether it moves, as it has told.
+    #[must_use]
+    pub fn moves(&self) -> bool {
+        self.moves
+    }
+
+    /// Tells whether it moves. It does before it goes on.
     pub fn set_moves(&mut self, moves: bool) {
         if self.moves != moves {
             self.moves = moves;
@@ -96,6 +114,8 @@ impl Mover {
 impl Drop for Mover {
     fn drop(&mut self) {
         self.set_moves(false);
+        // It may have been the one.
+        self.lulls.in_vain.store(false, Relaxed);
     }
 }
 
@@ -124,6 +144,21 @@ mod tests {
         one.set_moves(true);
         assert!(!is_granted(&wish).await);
         drop(one);
+        assert!(is_granted(&wish).await);
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_twice_in_vain() {
+        let lulls = Arc::new(Lulls::default());
+        let (hung, mut other) = (lulls.mover(), lulls.mover());
+        lulls.want().granted_within(Duration::from_millis(20)).await;
+        other.set_moves(false);
+        other.set_moves(true);
+        assert!(is_granted(&lulls.want()).await, "it hangs still");
+        drop(hung);
+        let wish = lulls.want();
+        assert!(!is_granted(&wish).await);
+        other.set_moves(false);
         assert!(is_granted(&wish).await);
     }
 

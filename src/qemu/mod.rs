@@ -28,7 +28,7 @@ mod turn;
 
 pub use address::Address;
 pub use guest_agent::GuestAgent;
-pub use lull::Mover;
+pub use lull::{Mover, Wish};
 pub use qmp::{Event, Qmp, Refusal};
 pub use schema::Schema;
 pub use turn::Turn;

@@ -43,12 +43,17 @@ impl Qmp {
         if self.has_turn {
             return turn;
         }
-        let wish = self.turns.lulls.want();
-        wish.granted().await;
         Turn {
-            _wish: Some(wish),
+            _wish: Some(self.lull().await),
             ..turn
         }
+    }
+
+    /// Waits until no push moves, or as long as is of use; none goes on while what is returned lives.
+    pub async fn lull(&self) -> Wish {
+        let wish = self.turns.lulls.want();
+        wish.granted().await;
+        wish
     }
 
     /// The turn for what changes no nodes, and is not to fall into a change.

@@ -22,6 +22,8 @@ class BusyGuest(support.Test):
     limit = 150
     qemu = QEMU
     iothread = True
+    # Of writes of a MiB: so that the push takes as long as the guest is looked at.
+    workers = 2
 
     def setUp(self):
         self.rig = Rig(Guest([Disk(size=SIZE, iothread=self.iothread)], qemu=self.qemu))
@@ -96,7 +98,7 @@ class BusyGuest(support.Test):
         server = self.nbdkit("slow")
         with self.rig.plugin() as plugin:
             params = self.begin(plugin.call)
-            push = plugin.start("backup.push", {**params, "target": server.target(), "workers": 2})
+            push = plugin.start("backup.push", {**params, "target": server.target(), "workers": self.workers})
             self.noticed_nothing(self.rounds(push))
             push.result(support.SECONDS)
             self.assert_equal_files(self.image, self.copy, "the target")
@@ -108,7 +110,7 @@ class BusyGuest(support.Test):
         server = self.nbdkit("slow", "delay-open=4")
         with self.rig.plugin() as plugin:
             params = {**self.begin(plugin.call), "timeout_ms": 10000}
-            push = plugin.start("backup.push", {**params, "target": server.target(), "workers": 2})
+            push = plugin.start("backup.push", {**params, "target": server.target(), "workers": self.workers})
             self.noticed_nothing(self.rounds(push))
             push.result(support.SECONDS)
             plugin.call("backup.abort", {"backup": params["backup"]}, support.SECONDS)
@@ -132,7 +134,7 @@ class BusyGuest(support.Test):
             params = self.begin(plugin.call)
             for way, (code, server, fail) in ways.items():
                 with self.subTest(way):
-                    push = plugin.start("backup.push", {**params, "target": server.target(), "workers": 2})
+                    push = plugin.start("backup.push", {**params, "target": server.target(), "workers": self.workers})
                     if fail:
                         server.wait_changes(SOME, push)
                         fail(server)
@@ -163,3 +165,5 @@ class BusyGuestIn72(BusyGuest):
 
     qemu = QEMU_7_2
     iothread = False
+    # Its writes are of a cluster.
+    workers = 16

@@ -1,6 +1,7 @@
 """QEMU's NBD server is stopped with the last backup, whoever is connected: QEMU lives on."""
 
 import socket
+import time
 
 from .life import BASE, Life
 from .support import QEMU_7_2, QEMU_NEW, SECONDS, Backup, Wire
@@ -46,6 +47,18 @@ class Server(Life):
         with self.rig.plugin() as plugin:
             self.assertEqual([], Backup(plugin, self.rig.monitor, base=BASE).abort()["leftovers"])
         self.ended()
+
+    def test_a_socket_that_was_passed_and_not_served(self):
+        """Nobody accepts who looks whether somebody listens there."""
+        wire = Wire(self.rig.command())
+        self.rig.proxy.on_command = lambda name: name == "getfd" and wire.process.kill()
+        wire.send("backup.begin", {"monitor": self.rig.monitor, "base": BASE})
+        self.assertEqual(-9, wire.wait())
+        wire.close()
+        self.rig.proxy.on_command = lambda name: None
+        began = time.monotonic()
+        self.ended()
+        self.assertLess(time.monotonic() - began, 15)
 
 
 class ServerOf72(Server):
