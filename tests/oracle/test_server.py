@@ -57,8 +57,9 @@ class Server(Life):
         wire.close()
         self.rig.proxy.on_command = lambda name: None
         began = time.monotonic()
-        self.ended()
+        self.call("reclaim")
         self.assertLess(time.monotonic() - began, 15)
+        self.ended()
 
 
 class ServerOf72(Server):
