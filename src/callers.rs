@@ -79,9 +79,8 @@ pub(crate) async fn see_off(qmp: &Qmp, socket: &Path) -> Result<()> {
 fn count(socket: &Path) -> Result<usize> {
     let mut table = Vec::new();
     let read = File::open(TABLE).and_then(|file| file.take(TABLE_BYTES).read_to_end(&mut table));
-    let unknown = |why: std::io::Error| {
-        Error::new(Kind::Internal, format!("reading {TABLE}")).because(why)
-    };
+    let unknown =
+        |why: std::io::Error| Error::new(Kind::Internal, format!("reading {TABLE}")).because(why);
     if read.map_err(unknown)? as u64 == TABLE_BYTES {
         return Err(unknown(std::io::ErrorKind::FileTooLarge.into()));
     }

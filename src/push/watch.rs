@@ -175,7 +175,6 @@ impl Run<'_> {
             self.is_lulled = is_wanted;
             self.qmp.execute(&job_pause { id }).await
         } else if job.paused && is_over && self.may_go_on(job) {
-            self.is_lulled = false;
             mover.set_moves(true);
             self.qmp.execute(&job_resume { id }).await
         } else {
