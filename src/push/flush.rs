@@ -18,8 +18,6 @@ impl Run<'_> {
     /// export of it.
     pub(super) async fn flush(&mut self, opened: &Opened) -> Result<()> {
         self.export().await?;
-        // QEMU waits for what it flushes, too, whenever it waits for all I/O.
-        let _moves = self.qmp.mover();
         let patience = self.timeout();
         let (entry, deadline) = if opened.is_file() {
             (patience.max(NBD_DEADLINE), SYNC_DEADLINE)
@@ -55,6 +53,9 @@ impl Run<'_> {
         let client = entry::connect(&turn, address, &name, None, deadline);
         let client = tokio::time::timeout(entry, client).await;
         let client = client.unwrap_or_else(|_elapsed| Err(late()))?;
+        // QEMU waits for what it flushes, too, whenever it waits for all I/O. Not before the turn is
+        // ours: who has it may wait for us.
+        let _moves = self.qmp.mover();
         drop(turn);
         let flushed = match client.submit_flush().await {
             Ok(ticket) => ticket.await,
