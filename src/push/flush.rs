@@ -55,7 +55,7 @@ impl Run<'_> {
         let client = client.unwrap_or_else(|_elapsed| Err(late()))?;
         // QEMU waits for what it flushes, too, whenever it waits for all I/O. Not before the turn is
         // ours: who has it may wait for us.
-        let _moves = self.qmp.mover();
+        let _moves = turn.mover();
         drop(turn);
         let flushed = match client.submit_flush().await {
             Ok(ticket) => ticket.await,

@@ -106,6 +106,10 @@ impl Mover {
             self.moves = moves;
             self.lulls.moving.send_modify(|moving| {
                 *moving = if moves { *moving + 1 } else { *moving - 1 };
+                if *moving == 0 {
+                    // What hung has come to a stand.
+                    self.lulls.in_vain.store(false, Relaxed);
+                }
             });
         }
     }
@@ -150,11 +154,22 @@ mod tests {
     #[tokio::test]
     async fn nobody_waits_twice_in_vain() {
         let lulls = Arc::new(Lulls::default());
-        let (hung, mut other) = (lulls.mover(), lulls.mover());
+        let (mut hung, mut other) = (lulls.mover(), lulls.mover());
         lulls.want().granted_within(Duration::from_millis(20)).await;
         other.set_moves(false);
         other.set_moves(true);
         assert!(is_granted(&lulls.want()).await, "it hangs still");
+        for mover in [&mut hung, &mut other] {
+            mover.set_moves(false);
+        }
+        for mover in [&mut hung, &mut other] {
+            mover.set_moves(true);
+        }
+        assert!(
+            !is_granted(&lulls.want()).await,
+            "it has come to a stand meanwhile"
+        );
+        lulls.want().granted_within(Duration::from_millis(20)).await;
         drop(hung);
         let wish = lulls.want();
         assert!(!is_granted(&wish).await);

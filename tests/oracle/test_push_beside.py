@@ -1,9 +1,9 @@
-"""Pushes of two disks side by side: neither is the worse for the other."""
+"""Pushes of several disks side by side: none is the worse for another."""
 
 from . import support
 from .guest import MIB
 from .life import BASE
-from .pushes import Pushes
+from .pushes import SOON, Pushes
 from .support import Backup
 from .targets import until
 
@@ -76,3 +76,15 @@ class TwoDisks(Pushes):
             self.equal(image)
             self.assertEqual({"leftovers": []}, backup.abort())
         self.unharmed()
+
+
+class ThreeDisks(Pushes):
+    formats = {"a": "qcow2", "b": "raw", "c": "qcow2"}
+
+    def test_all_at_once(self):
+        """None waits for another one that waits for it, whatever they are at."""
+        for _ in range(6):
+            with self.opened() as backup:
+                pushed = [self.push(backup, {"kind": "records"}, disk=disk) for disk in backup.disks]
+                for each in pushed:
+                    self.within(SOON, each.result, support.SECONDS)
