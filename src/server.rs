@@ -166,25 +166,14 @@ impl Server {
         let Some(Running { dir, .. }) = running.take() else {
             return Ok(());
         };
-        if is_used(qmp).await.is_ok_and(|used| !used)
-            && let Err(error) = callers::see_off(qmp, &dir.join(SOCKET)).await
-        {
-            // It runs on, without a user; the next one's is this one.
-            let address = Address::Unix(dir.join(SOCKET));
-            *running = Some(Running {
-                dir,
-                address,
-                users: 0,
-            });
-            return Err(error);
-        }
-        let stopped = stop(qmp).await;
+        let stopped = stop(qmp, &dir.join(SOCKET)).await;
         if let Ok(false) = stopped {
             // Somebody of ours has yet to be taken over, or reclaimed: the server is theirs.
             return Ok(());
         }
         if stopped.is_err() && stays(&dir.join(SOCKET)).await.unwrap_or(true) {
-            // Lost with the monitor's connection: whoever reclaims it knows it by its socket.
+            // Lost with the monitor's connection: whoever reclaims it knows it by its socket. Or
+            // somebody stays connected: QEMU would stand still.
             return stopped.map(drop);
         }
         let removed = file_call::remove(&dir, remove_dir).await;
@@ -238,7 +227,12 @@ async fn start(qmp: &Qmp, path: &Path) -> Result<()> {
 
 /// Stops the server, unless exports of others have come to use it; `false`: unless sessions
 /// of other processes of ours do.
-async fn stop(qmp: &Qmp) -> Result<bool> {
+async fn stop(qmp: &Qmp, socket: &Path) -> Result<bool> {
+    if is_used(qmp).await? {
+        return Ok(false);
+    }
+    callers::see_off(qmp, socket).await?;
+    // Somebody may have come meanwhile.
     if is_used(qmp).await? {
         return Ok(false);
     }

@@ -14,12 +14,14 @@ class Server(Life):
         super().setUp()
         self.boot()
         self.full()
+        self.mutes = []
 
     def mute(self):
         """A client that has been greeted, and says nothing."""
         (path,) = self.rig.runtime.glob("*/nbd.sock")
         client = socket.socket(socket.AF_UNIX)
         self.addCleanup(client.close)
+        self.mutes.append(client)
         client.settimeout(SECONDS)
         client.connect(str(path))
         self.assertEqual(b"NBDMAGIC", client.recv(8))
@@ -66,6 +68,23 @@ class ServerOf72(Server):
     """It would wait for a client that negotiates, and not listen to it."""
 
     qemu = QEMU_7_2
+
+    def test_somebody_stays(self):
+        """The server does, too: a standstill of the VM would be worse."""
+        with self.rig.plugin() as plugin:
+            backup = Backup(plugin, self.rig.monitor, base=BASE)
+            aborted = plugin.start("backup.abort", {"backup": backup.id})
+            while not aborted.done():
+                self.mute()  # QEMU hangs up on each after ten seconds.
+                time.sleep(1)
+            (left,) = aborted.result()["leftovers"]
+            self.assertIn("connections that stay", left)
+            self.assertEqual("prelaunch", self.rig.qmp.command("query-status")["status"])
+            for client in self.mutes:
+                client.close()
+            self.refused("nbd_server_busy", plugin, "backup.begin", {"monitor": self.rig.monitor})
+            self.rig.qmp.command("nbd-server-stop")
+            self.assertEqual([], Backup(plugin, self.rig.monitor, base=BASE).abort()["leftovers"])
 
 
 class ServerOfNew(Server):
